@@ -1,0 +1,279 @@
+"""Stage 2: fine-tuning for object detection (Section 3.3 and 4.1), from a pre-trained encoder or from scratch.
+
+    python finetune.py                                  the embedded data, minutes on a laptop
+    python finetune.py --variant lite --data coco       the paper's recipe
+    torchrun --nproc_per_node=8 finetune.py --variant base --data coco      the same total batch on 8 GPUs
+
+Matching, losses, the recipe and the training loop are all on this page. They follow Deformable DETR, as the paper says
+(4.1); details on which the paper is silent follow the authors' released code.
+"""
+import argparse
+import time
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import engine
+from data import DetectionSet, detection_set, micro_batches
+from evaluate import METRICS, check_classes, coco_metrics, detect, picture_results, table
+from model import VARIANTS, InputError
+
+CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 2.0, 5.0, 2.0  # of the losses and, the same, of the matching costs
+FOCAL_ALPHA = 0.25  # and gamma 2, written out as squares below
+
+
+# -------------------------------------------------------------------------------------------------- matching and losses
+
+def corners(boxes: Tensor) -> Tensor:
+    """(..., 4) cxcywh -> xyxy"""
+    centre, size = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([centre - size / 2, centre + size / 2], -1)
+
+
+def giou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised IoU of cxcywh boxes, broadcasting (..., 4) against (..., 4). The released code takes it in pixels; IoU
+    does not depend on the unit of either axis, so we stay in [0, 1] and need no image sizes."""
+    a, b = corners(a), corners(b)
+    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
+    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - overlap
+    tiny = 1e-12  # only boxes without area ever meet it
+    return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
+@torch.no_grad()
+def match(pred_logits: Tensor, pred_boxes: Tensor, targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
+    """The cheapest one-to-one assignment of queries to objects, per image (Hungarian matching, DETR 3.1).
+
+    Args:
+        pred_logits: (B, Q, K). pred_boxes: (B, Q, 4) cxcywh in [0, 1].
+        targets: B of {"labels": (n,) int64, "boxes": (n, 4) cxcywh in [0, 1]}.
+    Returns:
+        per image (query indices, target indices), int64 on the CPU, min(Q, n) each; queries ascending.
+    """
+    counts = [len(t["labels"]) for t in targets]
+    labels = torch.nn.utils.rnn.pad_sequence([t["labels"] for t in targets], batch_first=True)  # (B, n_max)
+    boxes = torch.nn.utils.rnn.pad_sequence([t["boxes"] for t in targets], batch_first=True)  # (B, n_max, 4)
+    if not labels.numel():
+        return [(torch.empty(0, dtype=torch.int64),) * 2 for _ in targets]
+    p = pred_logits.sigmoid()
+    focal = FOCAL_ALPHA * (1 - p) ** 2 * -(p + 1e-12).log() - (1 - FOCAL_ALPHA) * p ** 2 * -(1 - p + 1e-12).log()
+    focal = focal.gather(2, labels[:, None].expand(-1, p.shape[1], -1))  # (B, Q, n_max)
+    cost = (CLASS_WEIGHT * focal + L1_WEIGHT * torch.cdist(pred_boxes, boxes.to(pred_boxes), p=1)
+            - GIOU_WEIGHT * giou(pred_boxes[:, :, None], boxes[:, None].to(pred_boxes)))
+    cost = cost.nan_to_num(nan=1e9, posinf=1e9, neginf=-1e9).cpu()  # the one transfer from the GPU in a step
+    pairs = (linear_sum_assignment(c[:, :n]) for c, n in zip(cost.numpy(), counts))
+    return [(torch.from_numpy(q), torch.from_numpy(t)) for q, t in pairs]
+
+
+def count_matches(targets: list[dict], queries: int) -> int:
+    """How many queries `match` will assign: it is known beforehand, so no step waits for it."""
+    return sum(min(len(t["labels"]), queries) for t in targets)
+
+
+def detection_loss(outputs: dict, targets: list[dict], num_matches: float | None = None) -> dict[str, Tensor]:
+    """Set prediction loss, summed over all supervised layers, each matched for itself (deep supervision, 4.1).
+
+    Args:
+        outputs: of a Detector. targets: as in `match`, on the same device.
+        num_matches: by which all losses are divided: matched queries in the *total* batch, of all micro-batches and
+            processes (at least 1). By default those of `targets`.
+    Returns:
+        {"loss_class", "loss_bbox", "loss_giou"}: scalars, already weighted 2, 5, 2.
+    """
+    layers = [*outputs["aux_outputs"], outputs]
+    logits = torch.cat([o["pred_logits"] for o in layers])  # (6 B, Q, K): the layers as one large batch, matched at once
+    boxes = torch.cat([o["pred_boxes"] for o in layers])
+    targets = targets * len(layers)
+    if num_matches is None:
+        num_matches = count_matches(targets, logits.shape[1]) / len(layers)
+    num_matches = max(num_matches, 1)
+    pairs = match(logits.detach(), boxes.detach(), targets)
+    image = torch.cat([torch.full_like(q, i) for i, (q, _) in enumerate(pairs)]).to(logits.device)
+    query = torch.cat([q for q, _ in pairs]).to(logits.device)
+    true_labels = torch.cat([t["labels"][i.to(t["labels"].device)] for t, (_, i) in zip(targets, pairs)])
+    true_boxes = torch.cat([t["boxes"][i.to(t["boxes"].device)] for t, (_, i) in zip(targets, pairs)]).to(boxes)
+
+    one_hot = torch.zeros_like(logits)
+    one_hot[image, query, true_labels] = 1
+    p = logits.sigmoid()
+    focal = torch.where(one_hot > 0, FOCAL_ALPHA * (1 - p) ** 2, (1 - FOCAL_ALPHA) * p ** 2)
+    focal = focal * F.binary_cross_entropy_with_logits(logits, one_hot, reduction="none")
+    matched = boxes[image, query]  # (matches, 4)
+    return {"loss_class": CLASS_WEIGHT * focal.sum() / num_matches,
+            "loss_bbox": L1_WEIGHT * (matched - true_boxes).abs().sum() / num_matches,
+            "loss_giou": GIOU_WEIGHT * (1 - giou(matched, true_boxes)).sum() / num_matches}
+
+
+# --------------------------------------------------------------------------------------------------------------- recipe
+
+# What the embedded data change in the paper's recipe: a small model, from scratch, in minutes.
+SHAPES_RECIPE = dict(epochs=10, batch_size=16, lr=1e-3, schedule="one-cycle", image_size=64, augment="flip", dropout=0.0,
+                     backbone_lr=1.0, workers=0)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="The defaults are the paper's. With --data shapes they are instead: "
+        + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in SHAPES_RECIPE.items()))
+    engine.add_run_flags(parser)
+    engine.add_data_flags(parser)
+    parser.add_argument("--pretrained", help="checkpoint to start from: of pretrain.py, of finetune.py or released")
+    parser.add_argument("--queries", type=int, help="number of object queries (paper: 300; tiny: 50)")
+    parser.add_argument("--dropout", type=float, default=0.1, help="released code; the paper is silent")
+    parser.add_argument("--augment", choices=("paper", "flip", "none"), default="paper",
+                        help="paper: flip, random sizes and crops, as Deformable DETR")
+    parser.add_argument("--schedule", choices=("step", "one-cycle"), default="step",
+                        help="step: x0.1 at --lr-drop (4.1); one-cycle: up in the first tenth, then a cosine to 0")
+    parser.add_argument("--lr-drop", type=int, default=40, help="epoch after which lr is x0.1 (4.1)")
+    parser.add_argument("--backbone-lr", type=float, default=0.1, help="factor on lr for the tokenizer's convolutions and "
+                        "norms (released code; 1 is better from scratch)")
+    parser.add_argument("--sampling-lr", type=float, default=0.1, help="factor on lr for the projections that give "
+                        "sampling offsets and reference points (Deformable DETR)")
+    parser.add_argument("--clip", type=float, default=0.1, help="largest L2 norm of the gradient (released code)")
+    parser.add_argument("--eval-every", type=engine.positive, default=1, help="epochs between evaluations")
+    known, _ = parser.parse_known_args()
+    if known.data == "shapes":
+        parser.set_defaults(**SHAPES_RECIPE)
+    return parser.parse_args()
+
+
+def optimizer_of(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
+    """AdamW with the learning rate multipliers of the released code. Its "backbone" is the convolutions and norms of the
+    tokenizer; the projections to D are its "neck" and learn at the full rate."""
+    multipliers = {"tokenizer.convs": args.backbone_lr, "tokenizer.norms": args.backbone_lr,
+                   "tokenizer.out_norms": args.backbone_lr, "sampling_offsets": args.sampling_lr,
+                   "reference_points": args.sampling_lr}
+    return torch.optim.AdamW(engine.parameter_groups(model, args.lr, multipliers), lr=args.lr, betas=(0.9, 0.999),
+                             weight_decay=args.weight_decay)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+def train_step(model, optimizer, batch: list, args: argparse.Namespace, device: torch.device) -> dict[str, Tensor]:
+    """One step on this process's share of the total batch, given as micro-batches. Returns its share of the losses."""
+    moved = [(images.to(device, non_blocking=True), None if mask is None else mask.to(device, non_blocking=True),
+              [{k: t[k].to(device, non_blocking=True) for k in ("labels", "boxes")} for t in targets])
+             for images, mask, targets in batch]
+    queries = model.encoder.config.queries if hasattr(model, "encoder") else None
+    num_matches = sum(engine.gather([sum(count_matches(targets, queries) for _, _, targets in moved)]))
+    totals = engine.Mean()
+    optimizer.zero_grad(set_to_none=True)
+    for images, mask, targets in moved:
+        with engine.autocast(args, device):
+            outputs = model(images, mask)
+        losses = detection_loss(outputs, targets, num_matches)
+        loss = sum(losses.values())
+        loss.backward()
+        totals.add({"loss": loss, **losses})
+    engine.sum_gradients(model)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+    optimizer.step()
+    return totals.sums
+
+
+def evaluate_epoch(model, dataset: DetectionSet, args: argparse.Namespace, device: torch.device, run) -> dict[str, float]:
+    results = detect(model, dataset, args, device, batch_size=max(1, min(16, (args.micro_batch or args.batch_size))))
+    if not engine.rank():
+        picture_results(dataset, results).save(run.folder / "detections.png")
+    return coco_metrics(dataset.ground_truth, results)
+
+
+def prepare(args: argparse.Namespace, device: torch.device):
+    """Everything that can fail on bad input, before anything is written: data, model, weights."""
+    root = dict(root=args.data_root, image_size=args.image_size, seed=args.seed)
+    train = detection_set(args.data, "train", limit=args.limit_train, augment=args.augment, **root)
+    val = detection_set(args.data, "val", limit=args.limit_val, **root)
+    if train.classes != val.classes:
+        raise InputError(f"{train.name} and {val.name} have different categories: "
+                         f"{sorted(set(train.classes) ^ set(val.classes))}")
+    config = replace(VARIANTS[args.variant], dropout=args.dropout,
+                     queries=VARIANTS[args.variant].queries if args.queries is None else args.queries)
+    model = engine.build_detector(config, args.layout, len(train.classes))
+    if args.pretrained:
+        message = engine.load_pretrained(model, args.layout, args.pretrained)
+        print(message) if not engine.rank() else None
+    state = None
+    if args.resume:
+        state = engine.load_checkpoint(args.out / "last.pt")
+        theirs = engine.variant_of(state["config"])
+        if theirs != args.variant:
+            raise InputError(f"{args.out}/last.pt holds the variant {theirs}, not {args.variant}")
+        check_classes(train, state["classes"], f"{args.out}/last.pt")
+        model.load_state_dict(state["model"])
+    if not engine.rank():
+        for dataset in (train, val):
+            dataset.check_images()
+    model.to(device)
+    engine.broadcast_weights(model)
+    return train, val, model, state
+
+
+def main() -> None:
+    args = parse()
+    device = engine.setup(args)
+    run = engine.Run(args, "finetune")
+    args.out = run.folder
+    train, val, model, state = prepare(args, device)
+    optimizer = optimizer_of(model, args)
+    sampler = engine.BatchSampler(len(train), args.batch_size, args.seed)
+    loader = DataLoader(train, batch_sampler=sampler, num_workers=args.workers, pin_memory=device.type == "cuda",
+                        collate_fn=partial(micro_batches, size=args.micro_batch or args.batch_size))
+    run.open(args)
+    epoch0, step, best = 0, 0, -1.0
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        epoch0, step, best = state["epoch"], state["step"], state["best"]
+        torch.set_rng_state(state["rng"])
+        run.rewind(step)
+
+    meters, started = engine.Mean(), time.time()
+    bar = tqdm(total=args.epochs * len(train), initial=epoch0 * len(train), unit="img", disable=engine.rank() > 0,
+               desc=f"fine-tuning {args.variant} on {args.data}", smoothing=0.05, mininterval=1)
+    for epoch in range(epoch0, args.epochs):
+        sampler.epoch = train.epoch = epoch
+        model.train()
+        for batch in loader:
+            factor = engine.schedule_factor(args.schedule, step, len(sampler), args.epochs, args.lr_drop)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            meters.add(train_step(model, optimizer, batch, args, device))
+            step += 1
+            bar.update(min(args.batch_size, len(train) - (step - 1) % len(sampler) * args.batch_size))
+            if step % 10 == 0 or step == len(sampler) * args.epochs:
+                means = meters.take()
+                if not means["loss"] < float("inf"):
+                    raise InputError(f"the loss became {means['loss']} in epoch {epoch + 1}, before step {step}: lower --lr")
+                run.log(epoch=epoch + 1, step=step, **means, lr=args.lr * factor, seconds=time.time() - started)
+                bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
+        last = epoch + 1 == args.epochs
+        if (epoch + 1) % args.eval_every == 0 or last:
+            metrics = evaluate_epoch(model, val, args, device, run)
+            run.log(epoch=epoch + 1, step=step, **metrics, seconds=time.time() - started)
+            run.curves(("AP", "AP50"))
+            bar.write(f"epoch {epoch + 1}: " + ", ".join(f"{k} {100 * v:.1f}" for k, v in metrics.items() if v >= 0))
+        if not engine.rank():
+            checkpoint = {**engine.describe(model, args.layout, train.classes, "finetune"),
+                          "args": {k: str(v) if k == "out" else v for k, v in vars(args).items()}}
+            if (epoch + 1) % args.eval_every == 0 and metrics["AP"] > best or last and metrics["AP"] > best:
+                best = metrics["AP"]
+                engine.save_checkpoint(run.folder / "best.pt", checkpoint)
+            engine.save_checkpoint(run.last, {**checkpoint, "optimizer": optimizer.state_dict(), "epoch": epoch + 1,
+                                              "step": step, "best": best, "rng": torch.get_rng_state()})
+    bar.close()
+    if not engine.rank():
+        if epoch0 < args.epochs:
+            print(f"{val.name}, {len(val)} images, after {time.time() - started:.0f} s\n"
+                  + table({"this model": [100 * v for v in metrics.values()]}))
+        print(f"everything of this run: {run.folder}")
+
+
+if __name__ == "__main__":
+    engine.run_script(main)

@@ -1,0 +1,175 @@
+"""The authors' released layout: their tokenizer, their extra norms, and their checkpoints.
+
+Paper and released code differ in two modules. `released_layout` exchanges just these two in a model of model.py:
+
+    tokenizer   three patch convolutions, the fourth level by a 3x3 convolution from the third; two LayerNorms per level;
+                projections are convolutions without bias + GroupNorm (Table 6 has four convolutions and linear layers)
+    adaptor     one more LayerNorm per layer, over *all* tokens, image tokens too (Eq. 5 has none)
+
+and `load_released` reads one of their detection checkpoints (an mmdet file) into such a model.
+"""
+import re
+from dataclasses import replace
+from os import PathLike
+
+import torch
+from torch import Tensor, nn
+
+from model import VARIANTS, Config, Detector, InputError, SelfAttentionAdaptor
+
+
+class ReleasedTokenizer(nn.Module):
+    """Strides 8, 16, 32 by patch convolutions, 64 by a 3x3 convolution: 28, 14, 7, 4 tokens a side for 224 pixels, where
+    Table 6 gives 28, 14, 7, 3."""
+    multiple = 32
+
+    def __init__(self, config: Config, gn_groups: int = 32):
+        super().__init__()
+        d0, d = config.tokenizer_dim, config.dim
+        self.convs = nn.ModuleList(nn.Conv2d(cin, d0, k, stride=k) for cin, k in ((3, 8), (d0, 2), (d0, 2)))
+        self.norms = nn.ModuleList(nn.LayerNorm(d0, eps=1e-6) for _ in self.convs)  # feed the next convolution
+        self.out_norms = nn.ModuleList(nn.LayerNorm(d0, eps=1e-6) for _ in self.convs)  # feed this level's projection
+        self.projections = nn.ModuleList([*(nn.Conv2d(d0, d, 1, bias=False) for _ in self.convs),
+                                          nn.Conv2d(d0, d, 3, stride=2, padding=1, bias=False)])
+        for projection in self.projections:
+            nn.init.xavier_uniform_(projection.weight)
+        # Over padded pixels too: in this layout, detections depend a little on how much an image is padded.
+        self.group_norms = nn.ModuleList(nn.GroupNorm(gn_groups, d) for _ in self.projections)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images: (B, 3, H, W), H and W multiples of 32 -> four levels, each (B, h, w, D)."""
+        features, x = [], images
+        for conv, norm, out_norm in zip(self.convs, self.norms, self.out_norms):
+            x = norm(conv(x).permute(0, 2, 3, 1))  # (B, h, w, D0)
+            features.append(out_norm(x).permute(0, 3, 1, 2))
+            x = x.permute(0, 3, 1, 2)
+        features.append(features[-1])
+        return [gn(proj(f)).permute(0, 2, 3, 1) for f, proj, gn in zip(features, self.projections, self.group_norms)]
+
+
+class ReleasedAdaptor(SelfAttentionAdaptor):
+    """Shared attention, but one LayerNorm per layer, over all tokens."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        del self.norm
+        self.norms = nn.ModuleList(nn.LayerNorm(config.dim) for _ in range(config.layers - config.entry_layer + 1))
+
+    def forward(self, extra: Tensor, positions: Tensor, image: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        return self.norms[step](self.attend(extra, positions)), self.norms[step](image)
+
+
+def released_layout(model: nn.Module, gn_groups: int = 32) -> nn.Module:
+    """Turns a fresh Classifier or Detector of the paper's layout into one of the released layout, in place."""
+    config = model.encoder.config
+    model.encoder.tokenizer = ReleasedTokenizer(config, gn_groups)
+    if getattr(model, "adaptor", None) is not None:
+        model.adaptor = ReleasedAdaptor(config)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------- their checkpoints
+
+T = r"bbox_head\.transformer\."
+# Their name (a pattern over the whole key) -> ours. {n} is the first number in their key, {n6} that number + 6.
+KEYS = [
+    (r"backbone\.patch_embed(8|16|32)\.proj\.(weight|bias)", "encoder.tokenizer.convs.{stage}.{last}"),
+    (r"backbone\.patch_embed(8|16|32)\.norm\.(weight|bias)", "encoder.tokenizer.norms.{stage}.{last}"),
+    (r"backbone\.norm(\d)\.(weight|bias)", "encoder.tokenizer.out_norms.{n}.{last}"),
+    (r"neck\.convs\.(\d)\.conv\.(weight)", "encoder.tokenizer.projections.{n}.{last}"),
+    (r"neck\.convs\.(\d)\.gn\.(weight|bias)", "encoder.tokenizer.group_norms.{n}.{last}"),
+    (r"neck\.extra_convs\.(0)\.conv\.(weight)", "encoder.tokenizer.projections.3.{last}"),
+    (r"neck\.extra_convs\.(0)\.gn\.(weight|bias)", "encoder.tokenizer.group_norms.3.{last}"),
+    (T + r"(level_embeds)", "encoder.level_embed"),
+    (T + r"encoder(?:1|2)\.layers\.(\d)\.attentions\.0\.(\w+\.(?:weight|bias))", "encoder.layers.{layer}.attention.{last}"),
+    (T + r"encoder(?:1|2)\.layers\.(\d)\.ffns\.0\.layers\.0\.0\.(weight|bias)", "encoder.layers.{layer}.mlp.0.{last}"),
+    (T + r"encoder(?:1|2)\.layers\.(\d)\.ffns\.0\.layers\.1\.(weight|bias)", "encoder.layers.{layer}.mlp.3.{last}"),
+    (T + r"encoder1\.layers\.(\d)\.norms\.0\.(weight|bias)", "encoder.layers.{layer}.norm1.{last}"),
+    (T + r"encoder1\.layers\.(\d)\.norms\.1\.(weight|bias)", "encoder.layers.{layer}.norm2.{last}"),
+    (T + r"encoder2\.layers\.(\d)\.norms\.0\.(weight|bias)", "adaptor.norms.{n}.{last}"),
+    (T + r"encoder2\.layers\.(\d)\.norms\.1\.(weight|bias)", "encoder.layers.{layer}.norm1.{last}"),
+    (T + r"encoder2\.layers\.(\d)\.norms\.2\.(weight|bias)", "encoder.layers.{layer}.norm2.{last}"),
+    (T + r"encoder2\.prompt_encoder_share\.attn\.(in_proj_weight|in_proj_bias|out_proj\.weight|out_proj\.bias)",
+     "adaptor.attention.{last}"),
+    (T + r"reference_points\.(weight|bias)", "queries.reference_points.{last}"),
+    (r"bbox_head\.cls_branches\.(\d)\.(weight|bias)", "class_head.{last}"),       # one tensor under six names
+    (r"bbox_head\.reg_branches\.\d\.(\d)\.(weight|bias)", "box_head.{n}.{last}"),  # likewise
+]
+QUERY_KEY = "bbox_head.query_embedding.weight"
+
+
+def our_name(key: str) -> str | None:
+    """Our name of one of their state dict's keys, or None if it is not a key of theirs."""
+    for pattern, name in KEYS:
+        if match := re.fullmatch(pattern, key):
+            n = match[1] if match[1].isdigit() else ""
+            return name.format(n=n, last=match[match.lastindex], stage={"8": 0, "16": 1, "32": 2}.get(n),
+                               layer=int(n) + 6 * (".encoder2." in key) if n else None)
+    return None
+
+
+def four_levels(tensor: Tensor, num_heads: int, points: int) -> Tensor:
+    """Drops the fifth level, which their layers 7-12 mask, from a sampling_offsets or attention_weights tensor."""
+    per_point = tensor.shape[0] // (num_heads * 5 * points)  # 2 for offsets, 1 for weights
+    parts = tensor.view(num_heads, 5, points * per_point, *tensor.shape[1:])
+    return parts[:, :4].flatten(0, 2)
+
+
+def convert(theirs: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
+    """Their state dict -> ours. Raises InputError if a key is not known, or if the six heads they tie are not equal."""
+    ours, points = {}, VARIANTS["lite"].points
+    for key, tensor in theirs.items():
+        if key == QUERY_KEY:
+            ours["queries.position"], ours["queries.content"] = tensor.chunk(2, dim=1)  # (300, 2D), position first
+            continue
+        name = our_name(key)
+        if name is None:
+            raise InputError(f"not a released FP-DETR checkpoint: its key {key!r} is unknown")
+        if ".encoder2." in key and ("sampling_offsets" in key or "attention_weights" in key):
+            tensor = four_levels(tensor, num_heads, points)
+        if name in ours and not torch.equal(ours[name], tensor):
+            raise InputError(f"{key} differs from the same head of another layer; FP-DETR shares its heads")
+        ours[name] = tensor
+    return ours
+
+
+def is_released(checkpoint: dict) -> bool:
+    """Whether a loaded file is a detection checkpoint of the authors, wrapped by mmdet or bare."""
+    return QUERY_KEY in checkpoint.get("state_dict", checkpoint)
+
+
+def load_released(path_or_state_dict: str | PathLike | dict, num_heads: int | None = None,
+                  gn_groups: int = 32) -> Detector:
+    """A detector with the weights of one of the authors' checkpoints, in eval mode, in the dtype of the weights.
+
+    Args:
+        path_or_state_dict: the file (never unpickled beyond tensors and plain containers), or its content,
+            {"meta", "state_dict", ...} as mmdet wraps it or the state dict alone.
+        num_heads: read off the shapes, which needs the usual 4 points, unless given.
+        gn_groups: of the projections; cannot be read off the shapes.
+    Raises:
+        InputError: if it is not such a checkpoint.
+    """
+    state = path_or_state_dict
+    if not isinstance(state, dict):
+        state = torch.load(path_or_state_dict, map_location="cpu", weights_only=True)
+    state = state.get("state_dict", state)
+    if not is_released(state):
+        raise InputError(f"not a released FP-DETR detection checkpoint: it has no {QUERY_KEY!r}")
+    try:
+        layer = "bbox_head.transformer.encoder1.layers.0."
+        queries, dim = state[QUERY_KEY].shape[0], state[QUERY_KEY].shape[1] // 2
+        heads = num_heads or state[layer + "attentions.0.attention_weights.bias"].shape[0] // (4 * VARIANTS["lite"].points)
+        config = Config(dim=dim, mlp_dim=state[layer + "ffns.0.layers.0.0.bias"].shape[0], heads=heads, queries=queries,
+                        tokenizer_dim=state["backbone.patch_embed8.proj.bias"].shape[0],
+                        adaptor="self-attention" if any("prompt_encoder_share" in k for k in state) else "none")
+        num_classes = state["bbox_head.cls_branches.0.bias"].shape[0]
+    except KeyError as e:
+        raise InputError(f"not a whole released FP-DETR checkpoint: it lacks {e}") from None
+    detector = released_layout(Detector(config, num_classes), gn_groups)
+    detector = detector.to(state[QUERY_KEY].dtype)
+    try:
+        detector.load_state_dict(convert(state, heads))
+    except RuntimeError as e:
+        raise InputError("released checkpoint does not fit: " + " ".join(str(e).split())) from None
+    return detector.eval()
