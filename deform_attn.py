@@ -7,7 +7,18 @@ tokens. This file holds the operator and the module around it; it knows nothing 
     ms_deform_attn_reference  the same in grid_sample: slow, short, and the truth that other paths are tested against
     MSDeformAttn              the module: the four projections around the operator (FP-DETR 3.2 and 4.1)
 """
+import ctypes
+import functools
+import getpass
+import hashlib
 import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +50,10 @@ def ms_deform_attn(value: Tensor, spatial_shapes: list[tuple[int, int]], referen
     Returns:
         (B, Q, M * C) in the dtype of `value`, heads concatenated.
     """
-    # The one place where a faster path may take over; each of them must agree with the reference.
+    # The one place where a faster path takes over; each of them must agree with the reference. (A CUDA kernel goes here.)
+    inputs = (value, reference_points, sampling_offsets, attention_logits)
+    if all(x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() for x in inputs) and compiled():
+        return CompiledAttention.apply(*inputs, spatial_shapes)
     return ms_deform_attn_reference(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
 
 
@@ -63,6 +77,74 @@ def ms_deform_attn_reference(value: Tensor, spatial_shapes: list[tuple[int, int]
         weights_l = weights[:, :, :, level].transpose(1, 2).reshape(B * M, 1, Q, P).to(maps_l.dtype)
         output = output + (sampled * weights_l).sum(-1)  # (B * M, C, Q)
     return output.reshape(B, M * C, Q).transpose(1, 2).to(value.dtype)
+
+
+# -------------------------------------------------------------------------------------------------- the compiled CPU path
+
+@functools.cache
+def compiled() -> ctypes.CDLL | None:
+    """deform_attn_kernel.cu as a shared library, built by the system's C++ compiler at first use (two seconds) and kept in
+    the temporary folder; None, with one warning, where that cannot be. FPDETR_DEFORM_ATTN=reference switches it off."""
+    if os.environ.get("FPDETR_DEFORM_ATTN") == "reference":
+        return None
+    source = Path(__file__).with_name("deform_attn_kernel.cu")
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    folder = Path(tempfile.gettempdir()) / f"fpdetr-{getpass.getuser()}"
+    try:
+        if compiler is None:
+            raise OSError("there is no C++ compiler")
+        key = hashlib.sha256(source.read_bytes() + f"{compiler} {platform.machine()} {platform.node()}".encode())
+        library = folder / f"deform_attn-{key.hexdigest()[:16]}.so"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():  # somebody else's: never load code from it
+            raise OSError(f"{folder} belongs to another user")
+        if not library.exists():
+            temporary = library.with_suffix(f".{os.getpid()}.tmp")  # several processes may build at once
+            subprocess.run([compiler, "-x", "c++", "-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC",
+                            str(source), "-o", str(temporary)], check=True, capture_output=True, text=True)
+            temporary.replace(library)
+        return ctypes.CDLL(str(library))
+    except (OSError, subprocess.CalledProcessError) as e:
+        reason = getattr(e, "stderr", None) or str(e)
+        warnings.warn(f"deformable attention runs in grid_sample, about twice slower in training: {reason.strip()[:300]}")
+        return None
+
+
+class CompiledAttention(torch.autograd.Function):
+    """`ms_deform_attn` of float32 CPU tensors through the compiled kernel; arguments (value, reference, offsets, logits,
+    spatial_shapes)."""
+
+    @staticmethod
+    def call(name: str, tensors: list[Tensor], shapes: list[tuple[int, int]], sizes: tuple[int, ...]) -> None:
+        shape = (ctypes.c_longlong * (2 * len(shapes)))(*(n for pair in shapes for n in pair))
+        getattr(compiled(), name)(*(ctypes.c_void_p(t.data_ptr()) for t in tensors), shape,
+                                  *(ctypes.c_longlong(n) for n in sizes))
+
+    @staticmethod
+    def forward(ctx, value, reference, offsets, logits, shapes):
+        B, S, M, C = value.shape
+        Q, L, P = offsets.shape[1], *offsets.shape[3:5]
+        if S != sum(h * w for h, w in shapes) or L * P > 256:
+            raise ValueError(f"value has {S} tokens, the spatial shapes are {shapes}, {L} x {P} samples")
+        ctx.shapes, ctx.sizes = shapes, (B, S, Q, M, C, L, P)
+        inputs = [x.contiguous() for x in (value, reference, offsets, logits)]
+        ctx.save_for_backward(*inputs)
+        output = value.new_empty(B, Q, M * C)
+        CompiledAttention.call("ms_deform_attn_forward", [*inputs, output], shapes, ctx.sizes)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        value, reference, offsets, logits = ctx.saved_tensors
+        grad_output = grad_output.contiguous()
+        grads = [torch.zeros_like(x) for x in (value, offsets, logits)]
+        CompiledAttention.call("ms_deform_attn_backward", [value, reference, offsets, logits, grad_output, *grads],
+                               ctx.shapes, ctx.sizes)
+        # A reference point moves all of its samples: d location / d reference = (W_l, H_l), d location / d offset = 1.
+        size = reference.new_tensor([[w, h] for h, w in ctx.shapes])
+        grad_reference = grads[1].sum((2, 4)) * size if ctx.needs_input_grad[1] else None  # (B, Q, L, 2)
+        return grads[0], grad_reference, grads[1], grads[2], None
 
 
 class MSDeformAttn(nn.Module):
