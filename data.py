@@ -343,15 +343,15 @@ def background(rng: np.random.Generator, pixels: int) -> np.ndarray:
 
 
 def shape_scene(rng: np.random.Generator, pixels: int = SHAPE_PIXELS):
-    """One picture with up to six objects that may hide each other -> (RGB image, boxes xyxy (n, 4), labels (n,)). A box
-    is tight around what is visible; an object of which less than a third is visible is not annotated."""
+    """One picture with up to four objects that may hide each other -> (RGB image, boxes xyxy (n, 4), labels (n,)). A box
+    is tight around what is visible; an object of which less than half is visible is not annotated."""
     canvas, owner, names = background(rng, pixels), np.full((pixels, pixels), -1), list(SHAPES)
-    count, labels, sizes = int(rng.integers(0, 7)), [], []
+    count, labels, sizes = int(rng.choice(5, p=[0.04, 0.3, 0.28, 0.22, 0.16])), [], []
     for i in range(count):
-        label, radius = int(rng.integers(len(names))), pixels * np.exp(rng.uniform(np.log(0.075), np.log(0.26)))
+        label, radius = int(rng.integers(len(names))), pixels * np.exp(rng.uniform(np.log(0.16), np.log(0.36)))
         centre = rng.uniform(radius * 0.7, pixels - radius * 0.7, 2)
         mask = shape_mask(names[label], centre, radius, rng.uniform(-0.4, 0.4), np.exp(rng.uniform(-0.15, 0.15)), pixels)
-        hue = (label / len(names) + rng.normal(0, 0.06)) if rng.random() < 0.5 else rng.random()
+        hue = (label / len(names) + rng.normal(0, 0.04)) if rng.random() < 0.8 else rng.random()
         colour = 255 * hsv(hue, rng.uniform(0.55, 1), rng.uniform(0.6, 1))
         canvas = canvas + mask[..., None] * (colour + rng.normal(0, 9, canvas.shape) - canvas)
         owner[mask > 0.5] = i
@@ -360,7 +360,7 @@ def shape_scene(rng: np.random.Generator, pixels: int = SHAPE_PIXELS):
     boxes = []
     for i in range(count):
         y, x = np.nonzero(owner == i)
-        visible = len(x) > 0 and len(x) >= sizes[i] / 3
+        visible = len(x) > 0 and len(x) >= sizes[i] / 2
         boxes.append((x.min(), y.min(), x.max() + 1, y.max() + 1) if visible else None)
     image = Image.fromarray((canvas + rng.normal(0, 4, canvas.shape)).clip(0, 255).astype(np.uint8))
     return (image, np.array([b for b in boxes if b], dtype=np.float64).reshape(-1, 4),

@@ -1,0 +1,162 @@
+"""The programs as a user runs them: training on generated and on real pictures, resuming, evaluating, bad input."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import engine
+from conftest import ROOT
+from model import VARIANTS, Detector
+
+FAST = ["--epochs", "2", "--limit-train", "24", "--limit-val", "6", "--batch-size", "8", "--eval-every", "1"]
+
+
+def run(folder, *command, code=0, env=None):
+    done = subprocess.run([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], cwd=folder, text=True,
+                          capture_output=True, env={**os.environ, **(env or {})}, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def refused(folder, *command, says):
+    """Exit code 2 and one line that holds `says`; nothing is written."""
+    before = sorted(folder.rglob("*"))
+    done = run(folder, *command, code=2)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and says in lines[0], done.stderr
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which `python finetune.py` has been run, shortened."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(folder, "finetune.py", *FAST)
+    return folder
+
+
+def test_a_run_leaves_its_folder(trained):
+    out = trained / "runs" / "finetune-tiny-shapes"
+    assert {p.name for p in out.iterdir()} == {"args.json", "log.jsonl", "curves.png", "last.pt", "best.pt",
+                                               "detections.png"}
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [e["epoch"] for e in log if "AP" in e] == [1, 2]
+    assert all(e["loss"] == pytest.approx(e["loss_class"] + e["loss_bbox"] + e["loss_giou"], abs=1e-3)
+               for e in log if "loss" in e)
+    assert json.loads((out / "args.json").read_text())["variant"] == "tiny"
+    for picture in ("curves.png", "detections.png"):
+        assert Image.open(out / picture).size[0] > 500
+
+
+def test_evaluation_gives_the_numbers_of_the_training_log(trained):
+    out = trained / "runs" / "finetune-tiny-shapes"
+    done = run(trained, "evaluate.py", out / "last.pt", "--limit-val", "6")
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    metrics = json.loads((out / "evaluation" / "metrics.json").read_text())
+    for key in ("AP", "AP50", "APs"):
+        assert metrics[key] == pytest.approx([e for e in log if "AP" in e][-1][key], abs=1e-4)
+    assert "AP50" in done.stdout and (out / "evaluation" / "results.json").exists()
+    again = run(trained, "evaluate.py", out / "evaluation" / "results.json", "--data", "shapes", "--limit-val", "6",
+                "--out", trained / "again")
+    assert done.stdout.splitlines()[1:3] == again.stdout.splitlines()[1:3]
+
+
+def test_pictures_of_any_file(trained):
+    Image.new("RGBA", (90, 70), (200, 30, 30, 255)).save(trained / "a.png")
+    Image.new("L", (300, 64), 99).save(trained / "b.jpg")
+    last = trained / "runs" / "finetune-tiny-shapes" / "last.pt"
+    run(trained, "evaluate.py", last, "--images", "a.png", "b.jpg", "--out", "pictures", "--threshold", "0")
+    assert Image.open(trained / "pictures" / "a-detections.png").size[0] >= 90
+    assert (trained / "pictures" / "b-detections.png").exists()
+    refused(trained, "evaluate.py", last, "--images", "a.png", "c.jpg", "--out", "none", says="c.jpg is missing")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path, workers):
+    flags = ["--epochs", "2", *FAST[2:], "--workers", workers, "--dropout", "0.1"]
+    run(tmp_path, "finetune.py", *flags, "--out", "whole")
+    # A run cut off after its first epoch: its log and checkpoint are those of epoch 1.
+    script = ("import sys, engine, finetune; save = engine.save_checkpoint\n"
+              "def cut(path, content):\n    save(path, content)\n    sys.exit(9) if path.name == 'last.pt' else None\n"
+              f"engine.save_checkpoint = cut; sys.path.insert(0, {str(ROOT)!r}); finetune.main()")
+    done = subprocess.run([sys.executable, "-c", script, *map(str, flags), "--out", "cut"], cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 9, done.stderr
+    run(tmp_path, "finetune.py", *flags, "--out", "cut", "--resume")
+    whole, cut = (engine.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    assert whole["step"] == cut["step"] == 6
+    assert all(torch.equal(v, cut["model"][k]) for k, v in whole["model"].items())
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    flags = [*FAST[2:], "--epochs", "1", "--micro-batch", "2", "--device", "cpu"]
+    run(tmp_path, "finetune.py", *flags, "--out", "one")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29517",
+                           str(ROOT / "finetune.py"), *flags, "--out", "two"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    for one, two in zip(*logs):
+        for key in [k for k in one if k.startswith(("loss", "AP"))]:
+            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-4)
+
+
+def test_real_pictures_with_gapped_categories(shared, tmp_path):
+    run(tmp_path, "finetune.py", "--data", shared("data/coco_mini"), "--epochs", "1", "--limit-train", "4", "--limit-val",
+        "2", "--batch-size", "4", "--micro-batch", "2", "--image-size", "128", "--workers", "2")
+    assert (tmp_path / "runs" / "finetune-tiny-coco_mini" / "detections.png").exists()
+
+
+# -------------------------------------------------------------------------------------------------------------- bad input
+
+def test_a_finished_run_is_not_overwritten(trained):
+    refused(trained, "finetune.py", *FAST, says="already holds a run")
+    refused(trained, "finetune.py", "--resume", "--out", "nowhere", says="nothing to resume")
+
+
+def test_missing_data_and_impossible_flags(tmp_path):
+    refused(tmp_path, "finetune.py", "--variant", "lite", "--data", "coco", says="train2017.zip")
+    refused(tmp_path, "finetune.py", "--data", "nowhere", says="nowhere is missing")
+    refused(tmp_path, "finetune.py", "--queries", "0", says="0 queries")
+    assert "invalid choice" in run(tmp_path, "finetune.py", "--variant", "huge", code=2).stderr
+    assert "1 or more" in run(tmp_path, "finetune.py", "--epochs", "0", code=2).stderr
+
+
+def test_a_broken_image_stops_a_run_before_its_first_step(tmp_path):
+    data = tmp_path / "data"
+    for split in ("train", "val"):
+        (data / split).mkdir(parents=True)
+        Image.effect_noise((64, 64), 50).save(data / split / "a.jpg")
+    (data / "annotations").mkdir()
+    content = {"images": [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 64}], "annotations": [],
+               "categories": [{"id": 1, "name": "x"}]}
+    for split in ("train", "val"):
+        (data / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    whole = (data / "train" / "a.jpg").read_bytes()
+    (data / "train" / "a.jpg").write_bytes(whole[:len(whole) // 2])
+    refused(tmp_path, "finetune.py", "--data", data, says="a.jpg cannot be read")
+    (data / "train" / "a.jpg").write_bytes(whole)
+    (data / "annotations" / "instances_train.json").write_text("{")
+    refused(tmp_path, "finetune.py", "--data", data, says="not JSON")
+
+
+def test_checkpoints_that_do_not_fit(trained):
+    last = trained / "runs" / "finetune-tiny-shapes" / "last.pt"
+    refused(trained, "finetune.py", "--out", "x", "--variant", "lite", "--pretrained", last, says="variant tiny")
+    engine.save_checkpoint(trained / "three.pt", engine.describe(Detector(VARIANTS["tiny"], 3), "paper", list("abc"), "finetune"))
+    refused(trained, "evaluate.py", "three.pt", "--data", "shapes", says="3 classes")
+    (trained / "pickle.pt").write_bytes(b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x04true\x85R.")
+    refused(trained, "evaluate.py", "pickle.pt", "--data", "shapes", says="not unpickled")
+    shutil.copy(last, trained / "copy.pt")
+    refused(trained, "finetune.py", "--out", "y", "--pretrained", "gone.pt", says="gone.pt is missing")
+
+
+@pytest.mark.parametrize("script", ["finetune.py", "evaluate.py"])
+def test_help_is_documentation(tmp_path, script):
+    assert len(run(tmp_path, script, "--help").stdout.splitlines()) > 40
