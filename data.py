@@ -5,7 +5,7 @@ folder in COCO format. Transforms are Deformable DETR's (the paper, 4.1, follows
 (x0, y0, x1, y1) in pixels inside this file and normalised (cx, cy, w, h) when they leave it.
 """
 import json
-import math
+import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from model import InputError
 
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # a picture of 90 megapixels or more is refused
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, on 0..255 RGB
 
 
@@ -35,20 +36,17 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Image.I
         InputError: naming the file, if it is absent, truncated, no picture or too large to be one.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-                if size is not None and upright.size != size and image.size == size:
-                    upright = image.copy()
+        with Image.open(path) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            if size is not None and upright.size != size and image.size == size:
+                upright = image.copy()
         if upright.mode.startswith("I"):  # 16-bit grey; pillow's own conversion would clip it to 8 bits
             upright = Image.fromarray((np.asarray(upright).clip(0, 65535) // 256).astype(np.uint8))
         return upright.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"image {path} is missing") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError,
-            Image.DecompressionBombWarning) as e:
+    except Exception as e:  # pillow's decoders raise a dozen kinds of error on damaged files
         raise InputError(f"image {path} cannot be read ({' '.join(str(e).split())}): replace or remove it") from None
 
 
@@ -154,8 +152,8 @@ class DetectionSet(Dataset):
                   "size": record.size}
         return to_tensor(image), target
 
-    def check_images(self) -> None:
-        """Decodes every image file once, so that a broken one stops a run before its first step and not in epoch 3.
+    def check_images(self, indices: range | None = None) -> None:
+        """Decodes every image file (or those of some indices) once, so that a broken one stops a run before its first step and not in epoch 3.
         Raises InputError naming the first that is missing, broken or not of the annotated size."""
         def check(record: Record) -> str | None:
             try:
@@ -165,7 +163,8 @@ class DetectionSet(Dataset):
             if image.size != record.size:
                 return (f"image {record.source} is {image.width} x {image.height}, but the annotations say "
                         f"{record.size[0]} x {record.size[1]}: its boxes cannot be trusted")
-        files = [r for r in self.records if isinstance(r.source, Path)]
+        records = self.records if indices is None else [self.records[i] for i in indices]
+        files = [r for r in records if isinstance(r.source, Path)]
         with ThreadPoolExecutor() as pool:  # pillow decodes outside the interpreter's lock
             for error in tqdm(pool.map(check, files), f"checking {self.name}", len(files), leave=False, unit="image"):
                 if error:
@@ -202,6 +201,8 @@ def load_annotations(path: Path) -> dict:
         raise InputError(f"annotations {path} are missing") from None
     except (ValueError, RecursionError) as e:
         raise InputError(f"annotations {path} are not JSON ({e})") from None
+    except OSError as e:
+        raise InputError(f"annotations {path} cannot be read ({e.strerror})") from None
     if not isinstance(content, dict):
         raise InputError(f"annotations {path} are not in COCO format: a {type(content).__name__}, not an object with images")
     for key, needed in (("images", ("id", "file_name", "width", "height")), ("categories", ("id", "name")),
@@ -214,30 +215,39 @@ def load_annotations(path: Path) -> dict:
                     raise InputError(f"annotations {path}: {key}[{i}] lacks the key {k!r}")
     sizes = {}
     for image in content["images"]:
-        if not all(isinstance(image[k], int) and image[k] > 0 for k in ("width", "height")):
+        if not all(type(image[k]) is int and 0 < image[k] < 1e6 for k in ("width", "height")):
             raise InputError(f"annotations {path}: image {image['id']} has no positive integer width and height")
-        if not isinstance(image["id"], int) or image["id"] in sizes:
+        if type(image["id"]) is not int or image["id"] in sizes:
             raise InputError(f"annotations {path}: image id {image['id']!r} is not an integer of its own")
         sizes[image["id"]] = (image["width"], image["height"])
     category_ids = [c["id"] for c in content["categories"]]
-    if not category_ids or not all(isinstance(c, int) for c in category_ids) or len(set(category_ids)) < len(category_ids):
+    if not category_ids or any(type(c) is not int for c in category_ids) or len(set(category_ids)) < len(category_ids):
         raise InputError(f"annotations {path}: category ids must be integers, each its own, and at least one")
     annotations = [check_annotation(a, i, sizes, set(category_ids), path) for i, a in enumerate(content["annotations"], 1)]
-    return {"images": content["images"], "annotations": annotations, "categories": content["categories"]}
+    categories = [{**c, "name": str(c["name"])} for c in content["categories"]]
+    return {"images": content["images"], "annotations": annotations, "categories": categories}
+
+
+def is_number(value) -> bool:
+    """Whether a JSON value is a number that a picture's geometry may hold; NaN and infinity are not, nor is true."""
+    return type(value) in (int, float) and abs(value) < 1e9
 
 
 def check_annotation(entry: dict, number: int, sizes: dict, category_ids: set, path: Path) -> dict:
     where, box = f"annotations {path}: annotation {entry.get('id', number)}", entry["bbox"]
-    if not (isinstance(box, list) and len(box) == 4
-            and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)):
+    if not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box))):
         raise InputError(f"{where} has the box {str(box)[:60]}: needed are four finite numbers x, y, width, height")
     if box[2] < 0 or box[3] < 0:
         raise InputError(f"{where} has a box of negative size, {box}: needed are x, y, width, height")
     for key, known in (("image_id", sizes), ("category_id", category_ids)):
-        if not isinstance(entry[key], int) or entry[key] not in known:
-            raise InputError(f"{where} has the {key} {entry[key]!r}, which does not exist")
+        if type(entry[key]) is not int or entry[key] not in known:
+            raise InputError(f"{where} has the {key} {str(entry[key])[:60]}, which does not exist")
+    if entry.get("iscrowd", 0) not in (0, 1):
+        raise InputError(f"{where} has iscrowd {str(entry['iscrowd'])[:60]}: needed is 0 or 1")
+    area = entry.get("area")
+    # Numbered anew from 1: the ids in the file may repeat or be missing, and pycocotools takes id 0 for "no match".
     return {"id": number, "image_id": entry["image_id"], "category_id": entry["category_id"], "bbox": box,
-            "area": entry.get("area", box[2] * box[3]), "iscrowd": int(bool(entry.get("iscrowd", 0)))}
+            "area": area if is_number(area) else box[2] * box[3], "iscrowd": int(entry.get("iscrowd", 0))}
 
 
 def coco_format(image_folder: Path, annotation_file: Path, limit: int | None = None, **options) -> DetectionSet:
@@ -251,11 +261,12 @@ def coco_format(image_folder: Path, annotation_file: Path, limit: int | None = N
     for a in content["annotations"]:
         if not a["iscrowd"]:
             boxes_of[a["image_id"]].append((*a["bbox"], label_of[a["category_id"]]))
-    records, folder = [], image_folder.resolve()
+    records = []
     for image in content["images"]:
-        source, size = image_folder / str(image["file_name"]), (image["width"], image["height"])
-        if not source.resolve().is_relative_to(folder):
-            raise InputError(f"annotations {annotation_file}: the file name {image['file_name']!r} leaves {image_folder}")
+        name, size = str(image["file_name"]), (image["width"], image["height"])
+        source = Path(os.path.normpath(image_folder / name))
+        if not source.is_relative_to(os.path.normpath(image_folder)) or "\0" in name or not name.isprintable():
+            raise InputError(f"annotations {annotation_file}: the file name {name[:80]!r} leaves {image_folder} or is none")
         rows = np.array(boxes_of[image["id"]], dtype=np.float64).reshape(-1, 5)
         boxes = np.concatenate([rows[:, :2], rows[:, :2] + rows[:, 2:4]], 1).clip(0, np.array([*size, *size]))
         keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])

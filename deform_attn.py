@@ -9,7 +9,6 @@ tokens. This file holds the operator and the module around it; it knows nothing 
 """
 import ctypes
 import functools
-import getpass
 import hashlib
 import math
 import os
@@ -52,7 +51,13 @@ def ms_deform_attn(value: Tensor, spatial_shapes: list[tuple[int, int]], referen
     """
     # The one place where a faster path takes over; each of them must agree with the reference. (A CUDA kernel goes here.)
     inputs = (value, reference_points, sampling_offsets, attention_logits)
-    if all(x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() for x in inputs) and compiled():
+    B, S, M, _ = value.shape
+    Q, L, P = sampling_offsets.shape[1], *sampling_offsets.shape[3:5]
+    if S != sum(h * w for h, w in spatial_shapes) or L != len(spatial_shapes):
+        raise ValueError(f"value has {S} tokens and the offsets {L} levels, which does not fit the shapes {spatial_shapes}")
+    if (all(x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() for x in inputs) and L * P <= 256
+            and reference_points.shape == (B, Q, L, 2) and sampling_offsets.shape == (B, Q, M, L, P, 2)
+            and attention_logits.shape == (B, Q, M, L, P) and compiled()):
         return CompiledAttention.apply(*inputs, spatial_shapes)
     return ms_deform_attn_reference(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
 
@@ -62,9 +67,6 @@ def ms_deform_attn_reference(value: Tensor, spatial_shapes: list[tuple[int, int]
     """`ms_deform_attn` by one grid_sample per level; arguments, result and dtypes as there."""
     B, S, M, C = value.shape
     Q, L, P = sampling_offsets.shape[1], *sampling_offsets.shape[3:5]
-    if S != sum(h * w for h, w in spatial_shapes):
-        raise ValueError(f"value has {S} tokens, but the spatial shapes {spatial_shapes} hold "
-                         f"{sum(h * w for h, w in spatial_shapes)}")
     weights = at_least_float32(attention_logits).flatten(3).softmax(-1).unflatten(-1, (L, P))  # (B, Q, M, L, P)
     maps = at_least_float32(value).split([h * w for h, w in spatial_shapes], dim=1)
     output = 0
@@ -89,8 +91,8 @@ def compiled() -> ctypes.CDLL | None:
         return None
     source = Path(__file__).with_name("deform_attn_kernel.cu")
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-    folder = Path(tempfile.gettempdir()) / f"fpdetr-{getpass.getuser()}"
     try:
+        folder = Path(tempfile.gettempdir()) / f"fpdetr-{os.getuid()}"
         if compiler is None:
             raise OSError("there is no C++ compiler")
         key = hashlib.sha256(source.read_bytes() + f"{compiler} {platform.machine()} {platform.node()}".encode())
@@ -104,9 +106,9 @@ def compiled() -> ctypes.CDLL | None:
                             str(source), "-o", str(temporary)], check=True, capture_output=True, text=True)
             temporary.replace(library)
         return ctypes.CDLL(str(library))
-    except (OSError, subprocess.CalledProcessError) as e:
+    except (OSError, AttributeError, subprocess.CalledProcessError) as e:  # AttributeError: no os.getuid on Windows
         reason = getattr(e, "stderr", None) or str(e)
-        warnings.warn(f"deformable attention runs in grid_sample, about twice slower in training: {reason.strip()[:300]}")
+        warnings.warn(f"deformable attention runs in grid_sample, more slowly: {reason.strip()[:300]}", stacklevel=2)
         return None
 
 
@@ -124,8 +126,6 @@ class CompiledAttention(torch.autograd.Function):
     def forward(ctx, value, reference, offsets, logits, shapes):
         B, S, M, C = value.shape
         Q, L, P = offsets.shape[1], *offsets.shape[3:5]
-        if S != sum(h * w for h, w in shapes) or L * P > 256:
-            raise ValueError(f"value has {S} tokens, the spatial shapes are {shapes}, {L} x {P} samples")
         ctx.shapes, ctx.sizes = shapes, (B, S, Q, M, C, L, P)
         inputs = [x.contiguous() for x in (value, reference, offsets, logits)]
         ctx.save_for_backward(*inputs)

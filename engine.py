@@ -6,19 +6,18 @@ import argparse
 import json
 import math
 import os
-import pickle
 import sys
 import time
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from model import VARIANTS, Config, Detector, InputError
-from released import is_released, load_released, released_layout
+from released import is_released, load_checkpoint, load_released, released_layout
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -32,8 +31,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, default=32, help="images per step, over all GPUs (4.1)")
     parser.add_argument("--micro-batch", type=positive, help="images that one GPU holds at once; the batch is accumulated "
                         "from as many as needed (default: all of its share)")
-    parser.add_argument("--lr", type=float, default=1e-4, help="initial learning rate (4.1)")
-    parser.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW's, on all parameters (released code)")
+    parser.add_argument("--lr", type=rate, default=1e-4, help="initial learning rate (4.1)")
+    parser.add_argument("--weight-decay", type=rate, default=1e-4, help="AdamW's, on all parameters (released code)")
     parser.add_argument("--limit-train", type=positive, help="use the first N training images only")
     parser.add_argument("--out", type=Path, help="folder of this run (default: runs/STAGE-VARIANT-DATA)")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.pt, exactly")
@@ -47,9 +46,10 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-root", help="where coco lies (default: data/coco)")
     parser.add_argument("--image-size", type=positive, default=800, help="short side at test time; all sizes of the "
                         "training recipe scale with it")
-    parser.add_argument("--limit-val", type=positive, help="use the first N validation images only")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data order, augmentation and dropout")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="data loading processes per GPU")
+    parser.add_argument("--limit-val", type=positive, help="evaluate on the first N images only")
+    parser.add_argument("--split", choices=("val", "train"), default="val", help="which images to evaluate on")
+    parser.add_argument("--seed", type=natural, default=0, help="of weights, data order, augmentation and dropout")
+    parser.add_argument("--workers", type=natural, default=min(8, os.cpu_count() or 1), help="data loading processes per GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", choices=("bf16", "off"), help="mixed precision (default: bf16 on GPUs, off on CPUs)")
 
@@ -60,6 +60,25 @@ def positive(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value
+
+
+def fraction(text: str) -> float:
+    if not 0 <= (value := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def rate(text: str) -> float:
+    value = float(text)
+    if not (0 <= value and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number of 0 or more")
+    return value
+
+
 def run_script(main) -> None:
     """Runs main(). What the user can mend ends in one line and exit code 2 rather than in a traceback."""
     try:
@@ -67,8 +86,12 @@ def run_script(main) -> None:
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full: give a smaller --micro-batch (the same batch, accumulated in parts)",
+              file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; a training run goes on from its last checkpoint with --resume", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
@@ -95,10 +118,15 @@ def setup(args: argparse.Namespace) -> torch.device:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     args.amp = args.amp or ("bf16" if device.type == "cuda" else "off")
-    torch.manual_seed(args.seed + 1000 * rank())  # dropout differs between processes; weights come from rank 0
+    torch.manual_seed(args.seed)
     return device
+
+
+def seed_epoch(seed: int, epoch: int) -> None:
+    """Seeds what is random inside an epoch, dropout: anew for each epoch and process, so that a run resumed after an epoch
+    needs no saved random state. (Order and augmentation of the data have seeds of their own.)"""
+    torch.manual_seed(int(np.random.SeedSequence((seed, epoch, rank())).generate_state(1)[0]))
 
 
 def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
@@ -123,6 +151,14 @@ def sum_gradients(model: nn.Module) -> None:
         p.grad = g.view_as(p)
 
 
+def sum_over_processes(value: float, device: torch.device) -> Tensor:
+    """A number's sum over the processes, as a scalar tensor on `device`; nobody waits for it."""
+    total = torch.tensor(float(value)).to(device, non_blocking=True)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
 def gather(items: list) -> list:
     """The lists of all processes, one after another."""
     if world_size() == 1:
@@ -130,6 +166,19 @@ def gather(items: list) -> list:
     parts = [None] * world_size()
     dist.all_gather_object(parts, items)
     return [x for part in parts for x in part]
+
+
+def check_images(*datasets) -> None:
+    """Decodes every image of some DetectionSets once, each process its share. Raises InputError, in all processes, naming
+    the first that is broken."""
+    errors = []
+    for dataset in datasets:
+        try:
+            dataset.check_images(range(rank(), len(dataset), world_size()))
+        except InputError as e:
+            errors.append(str(e))
+    if errors := gather(errors):
+        raise InputError(errors[0])
 
 
 class BatchSampler:
@@ -173,7 +222,9 @@ def schedule_factor(schedule: str, step: int, steps_per_epoch: int, epochs: int,
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Written to a temporary name and renamed, so that a file of this name is always whole."""
+    """Written, by the first process, to a temporary name and renamed, so that a file of this name is always whole."""
+    if rank():
+        return
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as f:
@@ -181,31 +232,38 @@ def save_checkpoint(path: Path, content: dict) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as e:
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path} ({e.strerror}); an older one is untouched") from None
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise InputError(f"cannot write {path} ({reason}): mend it and --resume; an older file is untouched") from None
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint's content on the CPU: tensors and plain containers only; any other pickle is refused, not unpickled."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"checkpoint {path} is missing") from None
-    except pickle.UnpicklingError:
-        raise InputError(f"{path} was not unpickled: it holds more than tensors and plain containers, and might run "
-                         "anything; give a checkpoint of this project or a plain state dict") from None
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, UnicodeDecodeError) as e:
-        raise InputError(f"{path} is not a whole checkpoint ({str(e).splitlines()[0][:100]})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
-    return content
-
-
-def describe(model: nn.Module, layout: str, classes: list[str], stage: str) -> dict:
+def describe(model: nn.Module, args: argparse.Namespace, classes: list[str], stage: str) -> dict:
     """The part of a checkpoint from which a model can be built again."""
-    return {"stage": stage, "config": asdict(model.encoder.config), "layout": layout, "classes": classes,
-            "model": model.state_dict()}
+    plain = {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k, v in vars(args).items()}
+    return {"stage": stage, "config": asdict(model.encoder.config), "layout": args.layout, "classes": classes,
+            "model": model.state_dict(), "args": plain}
+
+
+# Flags that may change when a run is resumed, because the result does not depend on them, or because that is their purpose.
+FREE_ON_RESUME = {"resume", "overwrite", "out", "pretrained", "data_root", "workers", "device", "micro_batch", "epochs",
+                  "eval_every", "split", "limit_val"}
+
+
+def load_resumed(args: argparse.Namespace, stage: str, classes: list[str]) -> dict:
+    """The run folder's last.pt, if it was made by the same stage with the same flags on the same classes."""
+    path = args.out / "last.pt"
+    state = load_checkpoint(path)
+    if state.get("stage") != stage or "optimizer" not in state:
+        raise InputError(f"{path} cannot be resumed by this script: it is no last.pt of it")
+    if state["classes"] != classes:
+        raise InputError(f"{path} was trained on {len(state['classes'])} classes, the data have {len(classes)} "
+                         f"({', '.join(map(str, sorted(set(state['classes']) ^ set(classes))))[:200]} differ)")
+    changed = [f"--{k.replace('_', '-')} {v} (now {getattr(args, k, None)})" for k, v in state["args"].items()
+               if k not in FREE_ON_RESUME and getattr(args, k, None) != v]
+    if changed:
+        raise InputError(f"{path} was trained with {', '.join(changed)}: give the same flags, or another --out")
+    return state
 
 
 def build_detector(config: Config, layout: str, num_classes: int) -> Detector:
@@ -222,43 +280,53 @@ def load_detector(path: str | Path) -> tuple[Detector, dict]:
         names = (content.get("meta") or {}).get("CLASSES") or [f"class {i}" for i in range(num_classes)]
         return detector, {"classes": list(names), "layout": "released", "config": asdict(detector.encoder.config)}
     if content.get("stage") != "finetune":
-        raise InputError(f"{path} holds no detector" + (f" but a {content['stage']} model" if "stage" in content else ""))
-    detector = build_detector(Config(**content["config"]), content["layout"], len(content["classes"]))
-    detector.load_state_dict(content["model"])
+        raise InputError(f"{path} holds no detector: give a checkpoint of finetune.py or a released one")
+    try:
+        detector = build_detector(Config(**content["config"]), content["layout"], len(content["classes"]))
+        detector.load_state_dict(content["model"])
+    except (KeyError, TypeError, RuntimeError) as e:
+        raise InputError(f"{path} is not a whole checkpoint of finetune.py: {' '.join(str(e).split())[:200]}") from None
     return detector.eval(), content
 
 
 def variant_of(config: dict) -> str:
     """The variant's name, or the sizes that tell a changed one apart."""
-    sizes = {k: config[k] for k in ("dim", "mlp_dim", "heads", "tokenizer_dim", "layers")}
+    sizes = {k: v for k, v in config.items() if k not in ("queries", "dropout", "adaptor")}
     names = [n for n, c in VARIANTS.items() if all(asdict(c)[k] == v for k, v in sizes.items())]
     return names[0] if names else str(sizes)
 
 
 def load_pretrained(model: Detector, layout: str, path: str | Path) -> str:
-    """Copies a checkpoint's weights into a fresh detector: the encoder strictly; the rest where a detector of as many
-    queries, or classes, has it. Returns a line that says what was loaded and what starts fresh.
+    """Copies a checkpoint's weights into a fresh detector and returns a line that says what was loaded and what starts
+    fresh. The encoder is loaded strictly. A classifier gives nothing else; a detector also gives those of its other parts
+    that have the same shapes (another number of classes: all but the class head).
 
     Raises:
-        InputError: if its encoder is of another variant or layout.
+        InputError: if it is no checkpoint, or its encoder is of another variant or layout.
     """
     content = load_checkpoint(path)
     if is_released(content):
-        theirs, info = load_detector(path)
-        content = {**info, "model": theirs.state_dict(), "stage": "finetune"}
+        theirs = load_released(content)
+        content = {"stage": "finetune", "layout": "released", "config": asdict(theirs.encoder.config),
+                   "model": theirs.state_dict()}
     if not {"model", "config", "layout", "stage"} <= content.keys():
         raise InputError(f"{path} is neither a checkpoint of this project nor one of the released detectors")
     theirs, ours = variant_of(content["config"]), variant_of(asdict(model.encoder.config))
     if (theirs, content["layout"]) != (ours, layout):
-        raise InputError(f"{path} holds the variant {theirs} in the {content['layout']} layout, not {ours} in the {layout} "
-                         "layout: change --variant or --layout")
-    state = content["model"]
-    model.encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")})
-    own = model.state_dict()
-    taken = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
-    model.load_state_dict(taken, strict=False)
-    fresh = sorted({k.split(".")[0] for k in own if k not in taken})
-    loaded = sorted({k.split(".")[0] for k in taken} - set(fresh))
+        raise InputError(f"{path} holds the variant {theirs} in the {content['layout']} layout, not {ours} in the "
+                         f"{layout} layout: change --variant or --layout")
+    loaded, fresh = [], []
+    for name, part in model.named_children():
+        state = {k.removeprefix(name + "."): v for k, v in content["model"].items() if k.startswith(name + ".")}
+        fits = {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in part.state_dict().items()}
+        if name == "encoder" or content["stage"] == "finetune" and fits:
+            try:
+                part.load_state_dict(state)
+            except RuntimeError as e:
+                raise InputError(f"{path} does not fit: {' '.join(str(e).split())[:200]}") from None
+            loaded.append(name)
+        else:
+            fresh.append(name)
     return f"loaded from {path}: {', '.join(loaded)}; starting fresh: {', '.join(fresh) or 'nothing'}"
 
 
@@ -290,23 +358,34 @@ class Run:
         except OSError as e:
             raise InputError(f"cannot write into {self.folder}: {e.strerror}") from None
 
+    def minutes(self) -> str:
+        return f"after {(time.time() - self.started) / 60:.1f} minutes"
+
     def read_log(self) -> list[dict]:
-        path = self.folder / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        """The log's entries; a last line that was cut off by a kill is left out."""
+        path, entries = self.folder / "log.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return entries
 
     def rewind(self, step: int) -> None:
         """Forgets what was logged after `step`, which a resumed run will log again."""
         if not rank():
-            lines = [json.dumps(entry) + "\n" for entry in self.read_log() if entry["step"] <= step]
-            (self.folder / "log.jsonl").write_text("".join(lines))
+            temporary = self.folder / "log.tmp"
+            temporary.write_text("".join(json.dumps(e) + "\n" for e in self.read_log() if e["step"] <= step))
+            temporary.replace(self.folder / "log.jsonl")
 
     def log(self, **entry) -> None:
         if not rank():
             with open(self.folder / "log.jsonl", "a") as f:
+                entry = {**entry, "seconds": time.time() - self.started}
                 f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in entry.items()}) + "\n")
 
     def curves(self, scores: tuple[str, ...]) -> None:
-        """Draws the log: losses and learning rate on the left, the validation scores named on the right."""
+        """Draws the log: losses on the left, the validation scores that are named on the right."""
         if rank():
             return
         import matplotlib
@@ -342,7 +421,8 @@ class Mean:
         self.count += 1
 
     def take(self) -> dict[str, float]:
-        """The means over all processes' sums (losses are shares of the total batch's), and a fresh start."""
+        """The means over the steps, summed over the processes (whose losses are shares of the total batch's), and a fresh
+        start."""
         sums = torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in self.sums.values()])
         if world_size() > 1:
             dist.all_reduce(sums)

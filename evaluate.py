@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import engine
-from data import DetectionSet, Transform, detection_set, pad_batch, read_image, to_tensor
+from data import DetectionSet, Transform, detection_set, is_number, pad_batch, read_image, to_tensor
 from model import InputError
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -98,8 +98,9 @@ def detect(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Namespa
         for target, found in zip(targets, best_boxes(outputs, [t["size"] for t in targets])):
             xywh = torch.cat([found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]], 1)
             for score, label, box in zip(found["scores"].tolist(), found["labels"].tolist(), xywh.tolist()):
+                # Rounded as COCO's own result files are; a full evaluation of COCO is a file of 500,000 entries.
                 results.append({"image_id": target["image_id"], "category_id": dataset.category_ids[label],
-                                "bbox": [round(v, 2) for v in box], "score": round(score, 5)})
+                                "bbox": [round(v, 2) for v in box], "score": round(score, 6)})
     model.train(was_training)
     return engine.gather(results)
 
@@ -155,7 +156,8 @@ def picture_results(dataset: DetectionSet, results: list[dict], count: int = 8) 
     for record in dataset.records[:count]:
         mine = sorted((r for r in results if r["image_id"] == record.id), key=lambda r: -r["score"])
         boxes = torch.tensor([r["bbox"] for r in mine]).reshape(-1, 4)
-        found = {"scores": torch.tensor([r["score"] for r in mine]), "boxes": torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1),
+        found = {"scores": torch.tensor([r["score"] for r in mine]),
+                 "boxes": torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1),
                  "labels": torch.tensor([label_of[r["category_id"]] for r in mine], dtype=torch.int64)}
         pictures.append(draw(record.image(), found, dataset.classes))
     return grid(pictures)
@@ -164,16 +166,25 @@ def picture_results(dataset: DetectionSet, results: list[dict], count: int = 8) 
 @torch.no_grad()
 def draw_files(model: torch.nn.Module, classes: list[str], args: argparse.Namespace, device: torch.device) -> None:
     """--images: detects on picture files and writes each, with its boxes, into the output folder."""
-    pictures = [(Path(p), read_image(p)) for p in args.images]  # all of them are read before any is written
-    args.out.mkdir(parents=True, exist_ok=True)
-    for path, image in pictures:
-        resized = Transform(args.image_size)(image, np.zeros((0, 4)), np.zeros(0, int), np.random.default_rng(0))[0]
+    pictures = {f"{Path(p).stem}-detections.png": read_image(p) for p in args.images}  # all read before any is written
+    if len(pictures) < len(args.images):
+        raise InputError("two of the --images have the same name, and so would their pictures: draw them one by one")
+    make_folder(args.out)
+    for name, image in pictures.items():
+        no_boxes = np.zeros((0, 4)), np.zeros(0, int)
+        resized = Transform(args.image_size)(image, *no_boxes, np.random.default_rng(0))[0]
         with engine.autocast(args, device):
             outputs = model(to_tensor(resized)[None].to(device))
         found = best_boxes(outputs, [image.size])[0]
-        target = args.out / f"{path.stem}-detections.png"
-        draw(image, found, classes, args.threshold).save(target)
-        print(f"{target}: {int((found['scores'] >= args.threshold).sum())} objects")
+        draw(image, found, classes, args.threshold).save(args.out / name)
+        print(f"{args.out / name}: {int((found['scores'] >= args.threshold).sum())} objects")
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"cannot write into {path} ({e.strerror}): choose another --out") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- command
@@ -195,6 +206,26 @@ def check_classes(dataset: DetectionSet, classes: list[str], checkpoint: str) ->
     if len(dataset.classes) != len(classes):
         raise InputError(f"{checkpoint} was trained on {len(classes)} classes, {dataset.name} has "
                          f"{len(dataset.classes)}: evaluate it on the data it was trained for")
+    if dataset.classes != classes:
+        print(f"note: class names differ: {checkpoint} has {', '.join(classes[:5])} ..., {dataset.name} has "
+              f"{', '.join(dataset.classes[:5])} ...")
+
+
+def read_results(path: str, dataset: DetectionSet) -> list[dict]:
+    """A COCO result file, checked. Raises InputError at its first bad entry."""
+    try:
+        results = json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"results {path} cannot be read ({e})") from None
+    images, categories = {r.id for r in dataset.records}, set(dataset.category_ids)
+    for i, entry in enumerate(results if isinstance(results, list) else [None]):
+        if not (isinstance(entry, dict) and type(entry.get("image_id")) is int and entry["image_id"] in images
+                and type(entry.get("category_id")) is int and entry["category_id"] in categories
+                and is_number(entry.get("score")) and isinstance(entry.get("bbox"), list) and len(entry["bbox"]) == 4
+                and all(map(is_number, entry["bbox"])) and min(entry["bbox"][2:]) >= 0):
+            raise InputError(f"results {path}: entry {i} is no detection on {dataset.name}, which needs an image_id and a "
+                             "category_id of it, a bbox [x, y, w, h] and a score")
+    return results
 
 
 def main() -> None:
@@ -211,27 +242,24 @@ def main() -> None:
         if model is None:
             raise InputError(f"{args.checkpoint} holds results; --images needs a checkpoint")
         return draw_files(model, info["classes"], args, device)
-    dataset = detection_set(args.data or trained.get("data", "coco"), "val", args.data_root or trained.get("data_root"),
-                            args.limit_val, args.image_size)
-    if model is None:
-        try:
-            results = json.loads(Path(args.checkpoint).read_text())
-        except (OSError, ValueError) as e:
-            raise InputError(f"results {args.checkpoint} cannot be read ({e})") from None
-    else:
+    dataset = detection_set(args.data or trained.get("data", "coco"), args.split,
+                            args.data_root or trained.get("data_root"), args.limit_val, args.image_size)
+    if model is not None:
         check_classes(dataset, info["classes"], args.checkpoint)
-        dataset.check_images()
+        engine.check_images(dataset)
+    results = read_results(args.checkpoint, dataset) if model is None else []
+    make_folder(args.out)
+    if model is not None:
         results = detect(model, dataset, args, device, args.batch_size)
     if engine.rank():
         return
     metrics = coco_metrics(dataset.ground_truth, results)
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(json.dumps(results))
     (args.out / "metrics.json").write_text(json.dumps({"data": dataset.name, "images": len(dataset), **metrics}, indent=1))
     picture_results(dataset, results).save(args.out / "detections.png")
     rows = {"this model": [100 * v for v in metrics.values()]}
     variant = engine.variant_of(info["config"]) if info else None
-    if dataset.name == "coco val" and variant in PAPER:
+    if dataset.name == "coco val" and args.limit_val is None and variant in PAPER:
         rows[f"paper, FP-DETR-{variant.capitalize()}"] = PAPER[variant]
     print(f"{dataset.name}, {len(dataset)} images, AP in percent\n{table(rows)}\nresults and pictures: {args.out}")
 

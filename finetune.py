@@ -8,7 +8,8 @@ Matching, losses, the recipe and the training loop are all on this page. They fo
 (4.1); details on which the paper is silent follow the authors' released code.
 """
 import argparse
-import time
+import itertools
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 import engine
 from data import DetectionSet, detection_set, micro_batches
-from evaluate import METRICS, check_classes, coco_metrics, detect, picture_results, table
+from evaluate import coco_metrics, detect, picture_results, table
 from model import VARIANTS, InputError
 
 CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 2.0, 5.0, 2.0  # of the losses and, the same, of the matching costs
@@ -67,7 +68,7 @@ def match(pred_logits: Tensor, pred_boxes: Tensor, targets: list[dict]) -> list[
     focal = focal.gather(2, labels[:, None].expand(-1, p.shape[1], -1))  # (B, Q, n_max)
     cost = (CLASS_WEIGHT * focal + L1_WEIGHT * torch.cdist(pred_boxes, boxes.to(pred_boxes), p=1)
             - GIOU_WEIGHT * giou(pred_boxes[:, :, None], boxes[:, None].to(pred_boxes)))
-    cost = cost.nan_to_num(nan=1e9, posinf=1e9, neginf=-1e9).cpu()  # the one transfer from the GPU in a step
+    cost = cost.nan_to_num(nan=1e9, posinf=1e9, neginf=-1e9).cpu()  # the one time that a micro-batch waits for the GPU
     pairs = (linear_sum_assignment(c[:, :n]) for c, n in zip(cost.numpy(), counts))
     return [(torch.from_numpy(q), torch.from_numpy(t)) for q, t in pairs]
 
@@ -77,28 +78,29 @@ def count_matches(targets: list[dict], queries: int) -> int:
     return sum(min(len(t["labels"]), queries) for t in targets)
 
 
-def detection_loss(outputs: dict, targets: list[dict], num_matches: float | None = None) -> dict[str, Tensor]:
+def detection_loss(outputs: dict, targets: list[dict], num_matches: float | Tensor | None = None) -> dict[str, Tensor]:
     """Set prediction loss, summed over all supervised layers, each matched for itself (deep supervision, 4.1).
 
     Args:
         outputs: of a Detector. targets: as in `match`, on the same device.
-        num_matches: by which all losses are divided: matched queries in the *total* batch, of all micro-batches and
-            processes (at least 1). By default those of `targets`.
+        num_matches: by which all losses are divided, number or scalar tensor: matched queries of one layer in the
+            *total* batch, of all micro-batches and processes (1 if there are none). By default those of `targets`.
     Returns:
         {"loss_class", "loss_bbox", "loss_giou"}: scalars, already weighted 2, 5, 2.
     """
     layers = [*outputs["aux_outputs"], outputs]
     logits = torch.cat([o["pred_logits"] for o in layers])  # (6 B, Q, K): the layers as one large batch, matched at once
     boxes = torch.cat([o["pred_boxes"] for o in layers])
-    targets = targets * len(layers)
     if num_matches is None:
-        num_matches = count_matches(targets, logits.shape[1]) / len(layers)
-    num_matches = max(num_matches, 1)
-    pairs = match(logits.detach(), boxes.detach(), targets)
-    image = torch.cat([torch.full_like(q, i) for i, (q, _) in enumerate(pairs)]).to(logits.device)
-    query = torch.cat([q for q, _ in pairs]).to(logits.device)
-    true_labels = torch.cat([t["labels"][i.to(t["labels"].device)] for t, (_, i) in zip(targets, pairs)])
-    true_boxes = torch.cat([t["boxes"][i.to(t["boxes"].device)] for t, (_, i) in zip(targets, pairs)]).to(boxes)
+        num_matches = count_matches(targets, logits.shape[1])
+    num_matches = torch.as_tensor(num_matches, dtype=torch.float32).clamp(min=1).to(logits.device)
+    pairs = match(logits.detach(), boxes.detach(), targets * len(layers))
+    first = list(itertools.accumulate([0] + [len(t["labels"]) for t in targets]))  # where an image's objects start
+    index = torch.cat([torch.stack([torch.full_like(q, i), q, t + first[i % len(targets)]])
+                       for i, (q, t) in enumerate(pairs)], 1)
+    image, query, target = index.to(logits.device, non_blocking=True)  # (matches,) each
+    true_labels = torch.cat([t["labels"] for t in targets])[target]
+    true_boxes = torch.cat([t["boxes"] for t in targets]).to(boxes)[target]
 
     one_hot = torch.zeros_like(logits)
     one_hot[image, query, true_labels] = 1
@@ -127,17 +129,17 @@ def parse() -> argparse.Namespace:
     engine.add_data_flags(parser)
     parser.add_argument("--pretrained", help="checkpoint to start from: of pretrain.py, of finetune.py or released")
     parser.add_argument("--queries", type=int, help="number of object queries (paper: 300; tiny: 50)")
-    parser.add_argument("--dropout", type=float, default=0.1, help="released code; the paper is silent")
+    parser.add_argument("--dropout", type=engine.fraction, default=0.1, help="released code; the paper is silent")
     parser.add_argument("--augment", choices=("paper", "flip", "none"), default="paper",
                         help="paper: flip, random sizes and crops, as Deformable DETR")
     parser.add_argument("--schedule", choices=("step", "one-cycle"), default="step",
                         help="step: x0.1 at --lr-drop (4.1); one-cycle: up in the first tenth, then a cosine to 0")
     parser.add_argument("--lr-drop", type=int, default=40, help="epoch after which lr is x0.1 (4.1)")
-    parser.add_argument("--backbone-lr", type=float, default=0.1, help="factor on lr for the tokenizer's convolutions and "
+    parser.add_argument("--backbone-lr", type=engine.rate, default=0.1, help="factor on lr for the tokenizer's convolutions and "
                         "norms (released code; 1 is better from scratch)")
-    parser.add_argument("--sampling-lr", type=float, default=0.1, help="factor on lr for the projections that give "
+    parser.add_argument("--sampling-lr", type=engine.rate, default=0.1, help="factor on lr for the projections that give "
                         "sampling offsets and reference points (Deformable DETR)")
-    parser.add_argument("--clip", type=float, default=0.1, help="largest L2 norm of the gradient (released code)")
+    parser.add_argument("--clip", type=engine.rate, default=0.1, help="largest L2 norm of the gradient (released code)")
     parser.add_argument("--eval-every", type=engine.positive, default=1, help="epochs between evaluations")
     known, _ = parser.parse_known_args()
     if known.data == "shapes":
@@ -159,28 +161,29 @@ def optimizer_of(model: torch.nn.Module, args: argparse.Namespace) -> torch.opti
 
 def train_step(model, optimizer, batch: list, args: argparse.Namespace, device: torch.device) -> dict[str, Tensor]:
     """One step on this process's share of the total batch, given as micro-batches. Returns its share of the losses."""
-    moved = [(images.to(device, non_blocking=True), None if mask is None else mask.to(device, non_blocking=True),
+    batch = [(images.to(device, non_blocking=True), None if mask is None else mask.to(device, non_blocking=True),
               [{k: t[k].to(device, non_blocking=True) for k in ("labels", "boxes")} for t in targets])
              for images, mask, targets in batch]
-    queries = model.encoder.config.queries if hasattr(model, "encoder") else None
-    num_matches = sum(engine.gather([sum(count_matches(targets, queries) for _, _, targets in moved)]))
-    totals = engine.Mean()
+    queries = model.encoder.config.queries
+    num_matches = engine.sum_over_processes(sum(count_matches(targets, queries) for _, _, targets in batch), device)
+    totals = {k: torch.zeros((), device=device) for k in ("loss", "loss_class", "loss_bbox", "loss_giou")}
     optimizer.zero_grad(set_to_none=True)
-    for images, mask, targets in moved:
+    for images, mask, targets in batch:
         with engine.autocast(args, device):
             outputs = model(images, mask)
         losses = detection_loss(outputs, targets, num_matches)
-        loss = sum(losses.values())
-        loss.backward()
-        totals.add({"loss": loss, **losses})
+        losses["loss"] = sum(losses.values())
+        losses["loss"].backward()
+        for k, v in losses.items():
+            totals[k] += v.detach()
     engine.sum_gradients(model)
     torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
     optimizer.step()
-    return totals.sums
+    return totals
 
 
 def evaluate_epoch(model, dataset: DetectionSet, args: argparse.Namespace, device: torch.device, run) -> dict[str, float]:
-    results = detect(model, dataset, args, device, batch_size=max(1, min(16, (args.micro_batch or args.batch_size))))
+    results = detect(model, dataset, args, device, batch_size=min(16, args.micro_batch or args.batch_size))
     if not engine.rank():
         picture_results(dataset, results).save(run.folder / "detections.png")
     return coco_metrics(dataset.ground_truth, results)
@@ -190,30 +193,46 @@ def prepare(args: argparse.Namespace, device: torch.device):
     """Everything that can fail on bad input, before anything is written: data, model, weights."""
     root = dict(root=args.data_root, image_size=args.image_size, seed=args.seed)
     train = detection_set(args.data, "train", limit=args.limit_train, augment=args.augment, **root)
-    val = detection_set(args.data, "val", limit=args.limit_val, **root)
+    val = detection_set(args.data, args.split, limit=args.limit_val, **root)
     if train.classes != val.classes:
         raise InputError(f"{train.name} and {val.name} have different categories: "
-                         f"{sorted(set(train.classes) ^ set(val.classes))}")
+                         f"{sorted(set(train.classes) ^ set(val.classes)) or 'in another order'}")
     config = replace(VARIANTS[args.variant], dropout=args.dropout,
                      queries=VARIANTS[args.variant].queries if args.queries is None else args.queries)
     model = engine.build_detector(config, args.layout, len(train.classes))
-    if args.pretrained:
-        message = engine.load_pretrained(model, args.layout, args.pretrained)
-        print(message) if not engine.rank() else None
-    state = None
-    if args.resume:
-        state = engine.load_checkpoint(args.out / "last.pt")
-        theirs = engine.variant_of(state["config"])
-        if theirs != args.variant:
-            raise InputError(f"{args.out}/last.pt holds the variant {theirs}, not {args.variant}")
-        check_classes(train, state["classes"], f"{args.out}/last.pt")
+    state = engine.load_resumed(args, "finetune", train.classes) if args.resume else None
+    if state:
         model.load_state_dict(state["model"])
-    if not engine.rank():
-        for dataset in (train, val):
-            dataset.check_images()
+    elif args.pretrained:
+        message = engine.load_pretrained(model, args.layout, args.pretrained)
+        if not engine.rank():
+            print(message)
+    engine.check_images(train, val)
     model.to(device)
     engine.broadcast_weights(model)
     return train, val, model, state
+
+
+def train_epoch(model, optimizer, loader: DataLoader, epoch: int, args, device, run, bar: tqdm) -> int:
+    """One pass over the training set; logs every tenth step. Returns the number of steps since the start of the run."""
+    model.train()
+    engine.seed_epoch(args.seed, epoch)
+    steps, meters = len(loader), engine.Mean()
+    for step, batch in enumerate(loader, start=epoch * steps):
+        factor = engine.schedule_factor(args.schedule, step, steps, args.epochs, args.lr_drop)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        meters.add(train_step(model, optimizer, batch, args, device))
+        done = min((step % steps + 1) * args.batch_size, len(loader.dataset))
+        bar.update(epoch * len(loader.dataset) + done - bar.n)
+        if (step + 1) % 10 == 0 or step % steps == steps - 1:
+            means = meters.take()
+            if not math.isfinite(means["loss"]):
+                raise InputError(f"the loss became {means['loss']} in epoch {epoch + 1}, step {step + 1}: try a lower --lr; "
+                                 "the last checkpoint is untouched")
+            run.log(epoch=epoch + 1, step=step + 1, **means, lr=args.lr * factor)
+            bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
+    return (epoch + 1) * steps
 
 
 def main() -> None:
@@ -227,52 +246,34 @@ def main() -> None:
     loader = DataLoader(train, batch_sampler=sampler, num_workers=args.workers, pin_memory=device.type == "cuda",
                         collate_fn=partial(micro_batches, size=args.micro_batch or args.batch_size))
     run.open(args)
-    epoch0, step, best = 0, 0, -1.0
+    start, best, metrics = 0, -1.0, {}
     if state:
         optimizer.load_state_dict(state["optimizer"])
-        epoch0, step, best = state["epoch"], state["step"], state["best"]
-        torch.set_rng_state(state["rng"])
-        run.rewind(step)
+        start, best, metrics = state["epoch"], state["best"], state["metrics"]
+        run.rewind(state["step"])
 
-    meters, started = engine.Mean(), time.time()
-    bar = tqdm(total=args.epochs * len(train), initial=epoch0 * len(train), unit="img", disable=engine.rank() > 0,
-               desc=f"fine-tuning {args.variant} on {args.data}", smoothing=0.05, mininterval=1)
-    for epoch in range(epoch0, args.epochs):
+    bar = tqdm(total=args.epochs * len(train), initial=start * len(train), unit="img", disable=engine.rank() > 0,
+               desc=f"fine-tuning {args.variant} on {train.name}", smoothing=0.05, mininterval=1)
+    for epoch in range(start, args.epochs):
         sampler.epoch = train.epoch = epoch
-        model.train()
-        for batch in loader:
-            factor = engine.schedule_factor(args.schedule, step, len(sampler), args.epochs, args.lr_drop)
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-            meters.add(train_step(model, optimizer, batch, args, device))
-            step += 1
-            bar.update(min(args.batch_size, len(train) - (step - 1) % len(sampler) * args.batch_size))
-            if step % 10 == 0 or step == len(sampler) * args.epochs:
-                means = meters.take()
-                if not means["loss"] < float("inf"):
-                    raise InputError(f"the loss became {means['loss']} in epoch {epoch + 1}, before step {step}: lower --lr")
-                run.log(epoch=epoch + 1, step=step, **means, lr=args.lr * factor, seconds=time.time() - started)
-                bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
-        last = epoch + 1 == args.epochs
-        if (epoch + 1) % args.eval_every == 0 or last:
+        step = train_epoch(model, optimizer, loader, epoch, args, device, run, bar)
+        checkpoint = engine.describe(model, args, train.classes, "finetune")
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             metrics = evaluate_epoch(model, val, args, device, run)
-            run.log(epoch=epoch + 1, step=step, **metrics, seconds=time.time() - started)
+            run.log(epoch=epoch + 1, step=step, **metrics)
             run.curves(("AP", "AP50"))
-            bar.write(f"epoch {epoch + 1}: " + ", ".join(f"{k} {100 * v:.1f}" for k, v in metrics.items() if v >= 0))
-        if not engine.rank():
-            checkpoint = {**engine.describe(model, args.layout, train.classes, "finetune"),
-                          "args": {k: str(v) if k == "out" else v for k, v in vars(args).items()}}
-            if (epoch + 1) % args.eval_every == 0 and metrics["AP"] > best or last and metrics["AP"] > best:
+            scores = ", ".join(f"{k} {100 * v:.1f}" for k, v in metrics.items() if v >= 0)
+            if not engine.rank():
+                bar.write(f"epoch {epoch + 1}: {scores}")
+            if metrics["AP"] > best:
                 best = metrics["AP"]
                 engine.save_checkpoint(run.folder / "best.pt", checkpoint)
-            engine.save_checkpoint(run.last, {**checkpoint, "optimizer": optimizer.state_dict(), "epoch": epoch + 1,
-                                              "step": step, "best": best, "rng": torch.get_rng_state()})
+        engine.save_checkpoint(run.last, {**checkpoint, "optimizer": optimizer.state_dict(), "epoch": epoch + 1,
+                                          "step": step, "best": best, "metrics": metrics})
     bar.close()
     if not engine.rank():
-        if epoch0 < args.epochs:
-            print(f"{val.name}, {len(val)} images, after {time.time() - started:.0f} s\n"
-                  + table({"this model": [100 * v for v in metrics.values()]}))
-        print(f"everything of this run: {run.folder}")
+        print(f"{val.name}, {len(val)} images, AP in percent, {run.minutes()}\n"
+              f"{table({'this model': [100 * v for v in metrics.values()]})}\neverything of this run: {run.folder}")
 
 
 if __name__ == "__main__":

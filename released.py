@@ -8,8 +8,8 @@ Paper and released code differ in two modules. `released_layout` exchanges just 
 
 and `load_released` reads one of their detection checkpoints (an mmdet file) into such a model.
 """
+import pickle
 import re
-from dataclasses import replace
 from os import PathLike
 
 import torch
@@ -71,7 +71,8 @@ def released_layout(model: nn.Module, gn_groups: int = 32) -> nn.Module:
 # ---------------------------------------------------------------------------------------------------- their checkpoints
 
 T = r"bbox_head\.transformer\."
-# Their name (a pattern over the whole key) -> ours. {n} is the first number in their key, {n6} that number + 6.
+# Their name (a pattern over the whole key) -> ours. {n} and {last} are the first and the last group of the pattern; {stage}
+# counts the strides 8, 16, 32 from 0; {layer} is {n} in their encoder1, layers 1-6, and {n} + 6 in their encoder2, 7-12.
 KEYS = [
     (r"backbone\.patch_embed(8|16|32)\.proj\.(weight|bias)", "encoder.tokenizer.convs.{stage}.{last}"),
     (r"backbone\.patch_embed(8|16|32)\.norm\.(weight|bias)", "encoder.tokenizer.norms.{stage}.{last}"),
@@ -135,7 +136,28 @@ def convert(theirs: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
 
 def is_released(checkpoint: dict) -> bool:
     """Whether a loaded file is a detection checkpoint of the authors, wrapped by mmdet or bare."""
-    return QUERY_KEY in checkpoint.get("state_dict", checkpoint)
+    state = checkpoint.get("state_dict", checkpoint)
+    return isinstance(state, dict) and QUERY_KEY in state
+
+
+def load_checkpoint(path: str | PathLike) -> dict:
+    """A checkpoint file's content, on the CPU: tensors and plain containers. Any other pickle is refused, never run.
+
+    Raises:
+        InputError: if it is absent, broken or more than that.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"checkpoint {path} is missing") from None
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} was not unpickled: it is no checkpoint, or holds more than tensors and plain containers "
+                         "and might run anything; give a checkpoint of this project or a plain state dict") from None
+    except Exception as e:  # whatever torch's readers raise on bytes that are not theirs
+        raise InputError(f"{path} is not a whole checkpoint ({' '.join(str(e).split())[:100]})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
+    return content
 
 
 def load_released(path_or_state_dict: str | PathLike | dict, num_heads: int | None = None,
@@ -152,20 +174,21 @@ def load_released(path_or_state_dict: str | PathLike | dict, num_heads: int | No
     """
     state = path_or_state_dict
     if not isinstance(state, dict):
-        state = torch.load(path_or_state_dict, map_location="cpu", weights_only=True)
-    state = state.get("state_dict", state)
+        state = load_checkpoint(path_or_state_dict)
     if not is_released(state):
         raise InputError(f"not a released FP-DETR detection checkpoint: it has no {QUERY_KEY!r}")
+    state = state.get("state_dict", state)
     try:
         layer = "bbox_head.transformer.encoder1.layers.0."
         queries, dim = state[QUERY_KEY].shape[0], state[QUERY_KEY].shape[1] // 2
         heads = num_heads or state[layer + "attentions.0.attention_weights.bias"].shape[0] // (4 * VARIANTS["lite"].points)
         config = Config(dim=dim, mlp_dim=state[layer + "ffns.0.layers.0.0.bias"].shape[0], heads=heads, queries=queries,
-                        tokenizer_dim=state["backbone.patch_embed8.proj.bias"].shape[0],
-                        adaptor="self-attention" if any("prompt_encoder_share" in k for k in state) else "none")
+                        tokenizer_dim=state["backbone.patch_embed8.proj.bias"].shape[0])
         num_classes = state["bbox_head.cls_branches.0.bias"].shape[0]
     except KeyError as e:
         raise InputError(f"not a whole released FP-DETR checkpoint: it lacks {e}") from None
+    except (AttributeError, IndexError) as e:
+        raise InputError(f"not a released FP-DETR checkpoint: {e}") from None
     detector = released_layout(Detector(config, num_classes), gn_groups)
     detector = detector.to(state[QUERY_KEY].dtype)
     try:

@@ -1,9 +1,9 @@
 """The programs as a user runs them: training on generated and on real pictures, resuming, evaluating, bad input."""
 import json
 import os
-import shutil
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from PIL import Image
 
 import engine
 from conftest import ROOT
+from data import detection_set
 from model import VARIANTS, Detector
 
 FAST = ["--epochs", "2", "--limit-train", "24", "--limit-val", "6", "--batch-size", "8", "--eval-every", "1"]
@@ -54,17 +55,31 @@ def test_a_run_leaves_its_folder(trained):
         assert Image.open(out / picture).size[0] > 500
 
 
-def test_evaluation_gives_the_numbers_of_the_training_log(trained):
+def test_evaluation_writes_the_models_best_boxes_and_their_ap(trained):
     out = trained / "runs" / "finetune-tiny-shapes"
-    done = run(trained, "evaluate.py", out / "last.pt", "--limit-val", "6")
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    metrics = json.loads((out / "evaluation" / "metrics.json").read_text())
-    for key in ("AP", "AP50", "APs"):
-        assert metrics[key] == pytest.approx([e for e in log if "AP" in e][-1][key], abs=1e-4)
-    assert "AP50" in done.stdout and (out / "evaluation" / "results.json").exists()
-    again = run(trained, "evaluate.py", out / "evaluation" / "results.json", "--data", "shapes", "--limit-val", "6",
-                "--out", trained / "again")
-    assert done.stdout.splitlines()[1:3] == again.stdout.splitlines()[1:3]
+    done = run(trained, "evaluate.py", out / "last.pt", "--limit-val", "6", "--batch-size", "4")
+    results = json.loads((out / "evaluation" / "results.json").read_text())
+    assert len(results) == 600 and "AP50" in done.stdout
+    model, _ = engine.load_detector(out / "last.pt")
+    image, target = detection_set("shapes", "val", limit=6, image_size=64)[5]
+    with torch.no_grad():
+        output = model(image[None])
+    scores = output["pred_logits"][0].sigmoid()
+    query, label = divmod(scores.argmax().item(), 8)
+    cx, cy, w, h = output["pred_boxes"][0, query].tolist()
+    best = max((r for r in results if r["image_id"] == target["image_id"]), key=lambda r: r["score"])
+    assert best["category_id"] == label + 1 and best["score"] == pytest.approx(scores.max().item(), abs=1e-4)
+    x0, y0, x1, y1 = (min(max(v, 0), 64) for v in (64 * (cx - w / 2), 64 * (cy - h / 2), 64 * (cx + w / 2), 64 * (cy + h / 2)))
+    assert best["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0], abs=0.02)
+
+    truth = detection_set("shapes", "val", limit=6).ground_truth
+    perfect = [{**{k: a[k] for k in ("image_id", "category_id", "bbox")}, "score": 0.9} for a in truth["annotations"]]
+    (trained / "perfect.json").write_text(json.dumps(perfect[:-1]))
+    run(trained, "evaluate.py", "perfect.json", "--data", "shapes", "--limit-val", "6")
+    assert 0.5 < json.loads((trained / "evaluation" / "metrics.json").read_text())["AP"] < 1
+    for bad in ([{"image_id": 1}], {}, [{**perfect[0], "category_id": 99}], [{**perfect[0], "bbox": [1, 2, -3, 4]}]):
+        (trained / "bad.json").write_text(json.dumps(bad))
+        refused(trained, "evaluate.py", "bad.json", "--data", "shapes", "--out", "bad", says="bad.json: entry 0")
 
 
 def test_pictures_of_any_file(trained):
@@ -88,6 +103,9 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, workers):
     done = subprocess.run([sys.executable, "-c", script, *map(str, flags), "--out", "cut"], cwd=tmp_path,
                           env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 9, done.stderr
+    with open(tmp_path / "cut" / "log.jsonl", "a") as f:
+        f.write('{"epoch": 2, "st')  # and the kill came in the middle of a line
+    refused(tmp_path, "finetune.py", *flags, "--out", "cut", "--resume", "--lr", "0.5", says="--lr 0.001 (now 0.5)")
     run(tmp_path, "finetune.py", *flags, "--out", "cut", "--resume")
     whole, cut = (engine.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "cut"))
     assert whole["step"] == cut["step"] == 6
@@ -95,13 +113,14 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, workers):
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
-    flags = [*FAST[2:], "--epochs", "1", "--micro-batch", "2", "--device", "cpu"]
+    flags = [*FAST[2:], "--epochs", "2", "--batch-size", "10", "--device", "cpu"]  # the last batch has 4 images
     run(tmp_path, "finetune.py", *flags, "--out", "one")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29517",
-                           str(ROOT / "finetune.py"), *flags, "--out", "two"], cwd=tmp_path, capture_output=True, text=True,
+                           str(ROOT / "finetune.py"), *flags, "--out", "two", "--micro-batch", "2"], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
     assert done.returncode == 0, done.stderr
     logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    assert len(logs[0]) == len(logs[1]) == 4  # a line of losses and one of scores per epoch
     for one, two in zip(*logs):
         for key in [k for k in one if k.startswith(("loss", "AP"))]:
             assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-4)
@@ -126,6 +145,7 @@ def test_missing_data_and_impossible_flags(tmp_path):
     refused(tmp_path, "finetune.py", "--queries", "0", says="0 queries")
     assert "invalid choice" in run(tmp_path, "finetune.py", "--variant", "huge", code=2).stderr
     assert "1 or more" in run(tmp_path, "finetune.py", "--epochs", "0", code=2).stderr
+    assert "0 or more" in run(tmp_path, "finetune.py", "--seed", "-1", "--lr", "nan", code=2).stderr
 
 
 def test_a_broken_image_stops_a_run_before_its_first_step(tmp_path):
@@ -149,11 +169,11 @@ def test_a_broken_image_stops_a_run_before_its_first_step(tmp_path):
 def test_checkpoints_that_do_not_fit(trained):
     last = trained / "runs" / "finetune-tiny-shapes" / "last.pt"
     refused(trained, "finetune.py", "--out", "x", "--variant", "lite", "--pretrained", last, says="variant tiny")
-    engine.save_checkpoint(trained / "three.pt", engine.describe(Detector(VARIANTS["tiny"], 3), "paper", list("abc"), "finetune"))
+    engine.save_checkpoint(trained / "three.pt", engine.describe(
+        Detector(VARIANTS["tiny"], 3), Namespace(layout="paper"), list("abc"), "finetune"))
     refused(trained, "evaluate.py", "three.pt", "--data", "shapes", says="3 classes")
     (trained / "pickle.pt").write_bytes(b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x04true\x85R.")
     refused(trained, "evaluate.py", "pickle.pt", "--data", "shapes", says="not unpickled")
-    shutil.copy(last, trained / "copy.pt")
     refused(trained, "finetune.py", "--out", "y", "--pretrained", "gone.pt", says="gone.pt is missing")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import (MEAN, STD, Transform, coco_format, crop, detection_set, flip, micro_batches, pad_batch, read_image,
+from data import (MEAN, STD, Transform, crop, detection_set, flip, micro_batches, pad_batch, read_image,
                   resize, to_tensor)
 from model import InputError
 
@@ -187,6 +187,11 @@ def test_coco_format_is_read_as_coco_means_it(folder):
     (lambda c: c["annotations"][0].update(category_id=4), "category_id 4"),
     (lambda c: c["annotations"][0].update(image_id=8), "image_id 8"),
     (lambda c: c["images"][0].update(file_name="../../secret.jpg"), "leaves"),
+    (lambda c: c["annotations"][0].update(bbox=[1, 2, True, 4]), "finite"),
+    (lambda c: c["annotations"][0].update(bbox=[1, 2, 10 ** 400, 4]), "finite"),
+    (lambda c: c["annotations"][0].update(category_id=[90]), "category_id"),
+    (lambda c: c["annotations"][0].update(iscrowd="no"), "iscrowd"),
+    (lambda c: c["images"][0].update(file_name="a\0.jpg"), "file name"),
     (lambda c: c["images"][0].update(width="wide"), "width"),
     (lambda c: c["images"][1].update(id=7), "id 7"),
     (lambda c: c.update(categories=[]), "category"),

@@ -1,5 +1,6 @@
 """Checkpoints, loading between stages, batches over processes."""
 import pickle
+from argparse import Namespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ TINY = VARIANTS["tiny"]
 
 
 def save(path, model, stage="finetune", layout="paper", classes=("a", "b")):
-    engine.save_checkpoint(path, engine.describe(model, layout, list(classes), stage))
+    engine.save_checkpoint(path, engine.describe(model, Namespace(layout=layout), list(classes), stage))
     return path
 
 
@@ -25,11 +26,12 @@ def test_a_saved_detector_loads_with_the_same_outputs(tmp_path):
 
 
 def test_pretrained_encoder_is_copied_whole(tmp_path):
-    classifier, detector = Classifier(TINY, 9), Detector(TINY, 2)
+    classifier, detector = Classifier(TINY, 2), Detector(TINY, 2)  # as many classes, but not the same ones
     message = engine.load_pretrained(detector, "paper", save(tmp_path / "c.pt", classifier, stage="pretrain"))
     for k, v in classifier.encoder.state_dict().items():
         assert torch.equal(detector.encoder.state_dict()[k], v)
-    assert "c.pt: encoder" in message and "box_head" in message.split("fresh")[1] and "queries" in message.split("fresh")[1]
+    assert message.endswith("c.pt: encoder; starting fresh: queries, adaptor, class_head, box_head")
+    assert detector.class_head.bias.eq(detector.class_head.bias[0]).all()  # still the 1 % prior of a fresh head
 
 
 def test_a_detector_of_other_classes_gives_all_but_its_class_head(tmp_path):
@@ -59,10 +61,15 @@ def test_other_things_are_no_checkpoints(tmp_path):
     whole = save(tmp_path / "whole.pt", Detector(TINY, 2)).read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[:len(whole) // 2])
     save(tmp_path / "classifier.pt", Classifier(TINY, 2), stage="pretrain")
-    for name in ("tensor.pt", "text.pt", "half.pt", "gone.pt", "classifier.pt"):
+    (tmp_path / "empty.pt").write_bytes(b"")
+    engine.save_checkpoint(tmp_path / "hollow.pt", {"stage": "finetune", "config": {"colour": 3}})
+    torch.save({"state_dict": {"bbox_head.query_embedding.weight": 3}}, tmp_path / "odd.pt")
+    for name in ("tensor.pt", "text.pt", "half.pt", "gone.pt", "classifier.pt", "empty.pt", "hollow.pt"):
         with pytest.raises(InputError, match=name) as e:
             engine.load_detector(tmp_path / name)
         assert "\n" not in str(e.value)
+    with pytest.raises(InputError, match="not a released"):
+        engine.load_detector(tmp_path / "odd.pt")
 
 
 @pytest.mark.parametrize("variant, layout", [("lite", "paper"), ("tiny", "released")])

@@ -29,10 +29,13 @@ def test_table_6_tokenizer_sizes_and_parameters():
     assert parameters(Tokenizer(VARIANTS["lite"])) == 679_168
 
 
-@pytest.mark.parametrize("variant, classify, detect", [("lite", 10_020_586, 10_333_526)])
+@pytest.mark.parametrize("variant, classify, detect", [
+    ("lite", 10_168_618 - 148_032, 10_484_118 - 148_032 - 5 * 2 * 256),
+    ("small", 22_568_490 - 221_760, 23_337_110 - 221_760 - 5 * 2 * 384),
+    ("base", 33_900_090 - 346_320, 35_137_574 - 346_320 - 5 * 2 * 480)])
 def test_parameter_counts_of_the_paper_layout(variant, classify, detect):
-    """The authors' modules with Table 6's tokenizer, less the masked fifth level (148,032 for Lite, official_param_counts)
-    and, in the detector, five of the six LayerNorms after the adaptor, 5 * 512."""
+    """The authors' modules with Table 6's tokenizer, less the masked fifth level and, in the detector, less five of the
+    six LayerNorms after the adaptor."""
     config = VARIANTS[variant]
     assert parameters(Classifier(config, 1000)) == classify
     assert parameters(Detector(config, 80)) == detect

@@ -1,12 +1,10 @@
 """The released layout against tensors computed by the authors' own code in float64."""
-import json
 
 import numpy as np
 import pytest
 import torch
 
-from model import VARIANTS, Detector, InputError
-from released import load_released, released_layout
+from released import load_released
 
 LEVELS = range(4)
 
