@@ -1,6 +1,8 @@
-"""What the stages share: flags, devices and processes, schedules, checkpoints, and the folder a run leaves behind.
+"""What the stages share: flags, devices and processes, schedules, checkpoints, and the folder a run leaves
+behind.
 
-These are helpers that a training loop calls, not a trainer that calls back: the loops stand in pretrain.py and finetune.py.
+These are helpers that a training loop calls, not a trainer that calls back: the loops stand in pretrain.py
+and finetune.py.
 """
 import argparse
 import json
@@ -20,19 +22,24 @@ from model import VARIANTS, Config, Detector, InputError
 from released import is_released, load_checkpoint, load_released, released_layout
 
 
-# --------------------------------------------------------------------------------------------------------------- flags
+# ----------------------------------------------------------------------------------------------------- flags
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every training stage has; their defaults are the paper's fine-tuning on COCO."""
-    parser.add_argument("--variant", choices=VARIANTS, default="tiny", help="size of the model, Table 1 (tiny is ours)")
-    parser.add_argument("--layout", choices=("paper", "released"), default="paper", help="as the paper's text has it, or "
-                        "as the authors' released code (README: where they differ)")
+    parser.add_argument("--variant", choices=VARIANTS, default="tiny",
+                        help="size of the model, Table 1 (tiny is ours)")
+    parser.add_argument("--layout", choices=("paper", "released"), default="paper",
+                        help="as the paper's text has it, or as the authors' released code (README: where "
+                             "they differ)")
     parser.add_argument("--epochs", type=positive, default=50, help="passes over the training set (4.1)")
-    parser.add_argument("--batch-size", type=positive, default=32, help="images per step, over all GPUs (4.1)")
-    parser.add_argument("--micro-batch", type=positive, help="images that one GPU holds at once; the batch is accumulated "
-                        "from as many as needed (default: all of its share)")
+    parser.add_argument("--batch-size", type=positive, default=32,
+                        help="images per step, over all GPUs (4.1)")
+    parser.add_argument("--micro-batch", type=positive,
+                        help="images that one GPU holds at once; the batch is accumulated from as many as "
+                             "needed (default: all of its share)")
     parser.add_argument("--lr", type=rate, default=1e-4, help="initial learning rate (4.1)")
-    parser.add_argument("--weight-decay", type=rate, default=1e-4, help="AdamW's, on all parameters (released code)")
+    parser.add_argument("--weight-decay", type=rate, default=1e-4,
+                        help="AdamW's, on all parameters (released code)")
     parser.add_argument("--limit-train", type=positive, help="use the first N training images only")
     parser.add_argument("--out", type=Path, help="folder of this run (default: runs/STAGE-VARIANT-DATA)")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.pt, exactly")
@@ -41,17 +48,23 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that training and evaluation have in common."""
-    parser.add_argument("--data", default="shapes", help="shapes (generated, no download), coco, or any folder in COCO "
-                        "format with train/, val/ and annotations/instances_{train,val}.json")
+    parser.add_argument("--data", default="shapes",
+                        help="shapes (generated, no download), coco, or any folder in COCO format with "
+                             "train/, val/ and annotations/instances_{train,val}.json")
     parser.add_argument("--data-root", help="where coco lies (default: data/coco)")
-    parser.add_argument("--image-size", type=positive, default=800, help="short side at test time; all sizes of the "
-                        "training recipe scale with it")
+    parser.add_argument("--image-size", type=positive, default=800,
+                        help="short side at test time; all sizes of the training recipe scale with it")
     parser.add_argument("--limit-val", type=positive, help="evaluate on the first N images only")
-    parser.add_argument("--split", choices=("val", "train"), default="val", help="which images to evaluate on")
-    parser.add_argument("--seed", type=natural, default=0, help="of weights, data order, augmentation and dropout")
-    parser.add_argument("--workers", type=natural, default=min(8, os.cpu_count() or 1), help="data loading processes per GPU")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--amp", choices=("bf16", "off"), help="mixed precision (default: bf16 on GPUs, off on CPUs)")
+    parser.add_argument("--split", choices=("val", "train"), default="val",
+                        help="which images to evaluate on")
+    parser.add_argument("--seed", type=natural, default=0,
+                        help="of weights, data order, augmentation and dropout")
+    parser.add_argument("--workers", type=natural, default=min(8, os.cpu_count() or 1),
+                        help="data loading processes per GPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="where to compute (default: the GPU if there is one)")
+    parser.add_argument("--amp", choices=("bf16", "off"),
+                        help="mixed precision (default: bf16 on GPUs, off on CPUs)")
 
 
 def positive(text: str) -> int:
@@ -87,7 +100,8 @@ def run_script(main) -> None:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full: give a smaller --micro-batch (the same batch, accumulated in parts)",
+        print("error: the GPU's memory is full: give a smaller --micro-batch (the same batch, accumulated "
+              "in parts)",
               file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -98,7 +112,7 @@ def run_script(main) -> None:
             dist.destroy_process_group()
 
 
-# ------------------------------------------------------------------------------------------------ devices and processes
+# ------------------------------------------------------------------------------------- devices and processes
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -124,8 +138,9 @@ def setup(args: argparse.Namespace) -> torch.device:
 
 
 def seed_epoch(seed: int, epoch: int) -> None:
-    """Seeds what is random inside an epoch, dropout: anew for each epoch and process, so that a run resumed after an epoch
-    needs no saved random state. (Order and augmentation of the data have seeds of their own.)"""
+    """Seeds what is random inside an epoch, dropout: anew for each epoch and process, so that a run resumed
+    after an epoch needs no saved random state. (Order and augmentation of the data have seeds of their
+    own.)"""
     torch.manual_seed(int(np.random.SeedSequence((seed, epoch, rank())).generate_state(1)[0]))
 
 
@@ -140,8 +155,8 @@ def broadcast_weights(model: nn.Module) -> None:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Adds up the gradients of all processes, in one message. Losses are normalised over the total batch, so that the sum
-    is the gradient of the total batch, even if a process had fewer images or none."""
+    """Adds up the gradients of all processes, in one message. Losses are normalised over the total batch, so
+    that the sum is the gradient of the total batch, even if a process had fewer images or none."""
     if world_size() == 1:
         return
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -169,8 +184,8 @@ def gather(items: list) -> list:
 
 
 def check_images(*datasets) -> None:
-    """Decodes every image of some DetectionSets once, each process its share. Raises InputError, in all processes, naming
-    the first that is broken."""
+    """Decodes every image of some DetectionSets once, each process its share. Raises InputError, in all
+    processes, naming the first that is broken."""
     errors = []
     for dataset in datasets:
         try:
@@ -182,8 +197,8 @@ def check_images(*datasets) -> None:
 
 
 class BatchSampler:
-    """Shuffled batches of indices, of which this process gets its share. The total batches depend on the seed and the
-    epoch only, not on the number of processes; the last one of an epoch may be smaller."""
+    """Shuffled batches of indices, of which this process gets its share. The total batches depend on the
+    seed and the epoch only, not on the number of processes; the last one of an epoch may be smaller."""
 
     def __init__(self, length: int, batch_size: int, seed: int):
         self.length, self.batch_size, self.seed, self.epoch = length, batch_size, seed, 0
@@ -192,37 +207,44 @@ class BatchSampler:
         return math.ceil(self.length / self.batch_size)
 
     def __iter__(self):
-        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch))
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        order = torch.randperm(self.length, generator=generator)
         for batch in order.split(self.batch_size):
             yield batch[rank()::world_size()].tolist()
 
 
-# --------------------------------------------------------------------------------------------- optimiser and schedules
+# ----------------------------------------------------------------------------------- optimiser and schedules
 
 def parameter_groups(model: nn.Module, lr: float, multipliers: dict[str, float]) -> list[dict]:
-    """One group per learning rate. `multipliers`: {part of a parameter's name: factor on lr}; the first that fits counts."""
+    """One group per learning rate. `multipliers`: {part of a parameter's name: factor on lr}; the first that
+    fits counts."""
     groups = {}
     for name, parameter in model.named_parameters():
         factor = next((f for part, f in multipliers.items() if part in name), 1.0)
         groups.setdefault(factor, []).append(parameter)
-    return [{"params": params, "lr": lr * factor, "initial_lr": lr * factor} for factor, params in groups.items()]
+    return [{"params": params, "lr": lr * factor, "initial_lr": lr * factor} for factor,
+            params in groups.items()]
 
 
 def schedule_factor(schedule: str, step: int, steps_per_epoch: int, epochs: int, lr_drop: int) -> float:
     """Factor on every learning rate at `step` (counted from 0 over the whole run).
 
-    "step": x0.1 from epoch `lr_drop` on (4.1). "one-cycle": linear from 1/25 to 1 in the first tenth, then a cosine to 0.
+    "step": x0.1 from epoch `lr_drop` on (4.1). "one-cycle": linear from 1/25 to 1 in the first tenth, then a
+    cosine to 0.
     """
     if schedule == "step":
         return 0.1 if step // steps_per_epoch >= lr_drop else 1.0
     progress = (step + 1) / (steps_per_epoch * epochs)
-    return 0.04 + 0.96 * progress / 0.1 if progress < 0.1 else (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2
+    if progress < 0.1:
+        return 0.04 + 0.96 * progress / 0.1
+    return (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2
 
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
+# ----------------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Written, by the first process, to a temporary name and renamed, so that a file of this name is always whole."""
+    """Written, by the first process, to a temporary name and renamed, so that a file of this name is always
+    whole."""
     if rank():
         return
     temporary = path.with_suffix(".tmp")
@@ -235,18 +257,23 @@ def save_checkpoint(path: Path, content: dict) -> None:
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
         reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        raise InputError(f"cannot write {path} ({reason}): mend it and --resume; an older file is untouched") from None
+        raise InputError(f"cannot write {path} ({reason}): mend it and --resume; an older file is "
+                         f"untouched") from None
 
 
 def describe(model: nn.Module, args: argparse.Namespace, classes: list[str], stage: str) -> dict:
     """The part of a checkpoint from which a model can be built again."""
-    plain = {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k, v in vars(args).items()}
-    return {"stage": stage, "config": asdict(model.encoder.config), "layout": args.layout, "classes": classes,
+    plain = {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k,
+             v in vars(args).items()}
+    return {"stage": stage, "config": asdict(model.encoder.config), "layout": args.layout,
+            "classes": classes,
             "model": model.state_dict(), "args": plain}
 
 
-# Flags that may change when a run is resumed, because the result does not depend on them, or because that is their purpose.
-FREE_ON_RESUME = {"resume", "overwrite", "out", "pretrained", "data_root", "workers", "device", "micro_batch", "epochs",
+# Flags that may change when a run is resumed, because the result does not depend on them, or because that is
+# their purpose.
+FREE_ON_RESUME = {"resume", "overwrite", "out", "pretrained", "data_root", "workers", "device",
+                  "micro_batch", "epochs",
                   "eval_every", "split", "limit_val"}
 
 
@@ -257,12 +284,16 @@ def load_resumed(args: argparse.Namespace, stage: str, classes: list[str]) -> di
     if state.get("stage") != stage or "optimizer" not in state:
         raise InputError(f"{path} cannot be resumed by this script: it is no last.pt of it")
     if state["classes"] != classes:
-        raise InputError(f"{path} was trained on {len(state['classes'])} classes, the data have {len(classes)} "
-                         f"({', '.join(map(str, sorted(set(state['classes']) ^ set(classes))))[:200]} differ)")
-    changed = [f"--{k.replace('_', '-')} {v} (now {getattr(args, k, None)})" for k, v in state["args"].items()
+        raise InputError(f"{path} was trained on {len(state['classes'])} classes, the data have "
+                         f"{len(classes)} "
+                         f"({', '.join(map(str, sorted(set(state['classes']) ^ set(classes))))[:200]} "
+                         f"differ)")
+    changed = [f"--{k.replace('_', '-')} {v} (now {getattr(args, k, None)})" for k,
+               v in state["args"].items()
                if k not in FREE_ON_RESUME and getattr(args, k, None) != v]
     if changed:
-        raise InputError(f"{path} was trained with {', '.join(changed)}: give the same flags, or another --out")
+        raise InputError(f"{path} was trained with {', '.join(changed)}: give the same flags, or "
+                         f"another --out")
     return state
 
 
@@ -272,20 +303,23 @@ def build_detector(config: Config, layout: str, num_classes: int) -> Detector:
 
 
 def load_detector(path: str | Path) -> tuple[Detector, dict]:
-    """A detector from a checkpoint of ours or of the authors, in eval mode, with {"classes", "layout", "config"}."""
+    """A detector from a checkpoint of ours or of the authors, in eval mode, with {"classes", "layout",
+    "config"}."""
     content = load_checkpoint(path)
     if is_released(content):
         detector = load_released(content)
         num_classes = detector.class_head.out_features
         names = (content.get("meta") or {}).get("CLASSES") or [f"class {i}" for i in range(num_classes)]
-        return detector, {"classes": list(names), "layout": "released", "config": asdict(detector.encoder.config)}
+        return detector, {"classes": list(names), "layout": "released",
+                          "config": asdict(detector.encoder.config)}
     if content.get("stage") != "finetune":
         raise InputError(f"{path} holds no detector: give a checkpoint of finetune.py or a released one")
     try:
         detector = build_detector(Config(**content["config"]), content["layout"], len(content["classes"]))
         detector.load_state_dict(content["model"])
     except (KeyError, TypeError, RuntimeError) as e:
-        raise InputError(f"{path} is not a whole checkpoint of finetune.py: {' '.join(str(e).split())[:200]}") from None
+        raise InputError(f"{path} is not a whole checkpoint of finetune.py: "
+                         f"{' '.join(str(e).split())[:200]}") from None
     return detector.eval(), content
 
 
@@ -297,9 +331,9 @@ def variant_of(config: dict) -> str:
 
 
 def load_pretrained(model: Detector, layout: str, path: str | Path) -> str:
-    """Copies a checkpoint's weights into a fresh detector and returns a line that says what was loaded and what starts
-    fresh. The encoder is loaded strictly. A classifier gives nothing else; a detector also gives those of its other parts
-    that have the same shapes (another number of classes: all but the class head).
+    """Copies a checkpoint's weights into a fresh detector and returns a line that says what was loaded and
+    what starts fresh. The encoder is loaded strictly. A classifier gives nothing else; a detector also gives
+    those of its other parts that have the same shapes (another number of classes: all but the class head).
 
     Raises:
         InputError: if it is no checkpoint, or its encoder is of another variant or layout.
@@ -313,11 +347,13 @@ def load_pretrained(model: Detector, layout: str, path: str | Path) -> str:
         raise InputError(f"{path} is neither a checkpoint of this project nor one of the released detectors")
     theirs, ours = variant_of(content["config"]), variant_of(asdict(model.encoder.config))
     if (theirs, content["layout"]) != (ours, layout):
-        raise InputError(f"{path} holds the variant {theirs} in the {content['layout']} layout, not {ours} in the "
+        raise InputError(f"{path} holds the variant {theirs} in the {content['layout']} layout, not {ours} "
+                         f"in the "
                          f"{layout} layout: change --variant or --layout")
     loaded, fresh = [], []
     for name, part in model.named_children():
-        state = {k.removeprefix(name + "."): v for k, v in content["model"].items() if k.startswith(name + ".")}
+        state = {k.removeprefix(name + "."): v for k, v in content["model"].items()
+                 if k.startswith(name + ".")}
         fits = {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in part.state_dict().items()}
         if name == "encoder" or content["stage"] == "finetune" and fits:
             try:
@@ -330,7 +366,7 @@ def load_pretrained(model: Detector, layout: str, path: str | Path) -> str:
     return f"loaded from {path}: {', '.join(loaded)}; starting fresh: {', '.join(fresh) or 'nothing'}"
 
 
-# ----------------------------------------------------------------------------------------------------- the run's folder
+# ------------------------------------------------------------------------------------------ the run's folder
 
 class Run:
     """A run's folder: args.json, log.jsonl, curves.png, last.pt, best.pt and what the stage adds."""
@@ -340,13 +376,15 @@ class Run:
         self.folder = args.out or Path("runs") / f"{stage}-{args.variant}-{data}"
         self.last, self.started = self.folder / "last.pt", time.time()
         if (self.folder / "args.json").exists() and not (args.resume or args.overwrite):
-            raise InputError(f"{self.folder} already holds a run: --resume goes on with it, --overwrite replaces it, "
+            raise InputError(f"{self.folder} already holds a run: --resume goes on with it, --overwrite "
+                             f"replaces it, "
                              "--out names another folder")
         if args.resume and not self.last.exists():
             raise InputError(f"nothing to resume: {self.last} is missing")
 
     def open(self, args: argparse.Namespace) -> None:
-        """Creates the folder. Called only when the input has been found good, so that bad input leaves nothing behind."""
+        """Creates the folder. Called only when the input has been found good, so that bad input leaves
+        nothing behind."""
         if rank():
             return
         try:
@@ -382,7 +420,8 @@ class Run:
         if not rank():
             with open(self.folder / "log.jsonl", "a") as f:
                 entry = {**entry, "seconds": time.time() - self.started}
-                f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in entry.items()}) + "\n")
+                f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in entry.items()})
+                        + "\n")
 
     def curves(self, scores: tuple[str, ...]) -> None:
         """Draws the log: losses on the left, the validation scores that are named on the right."""
@@ -395,10 +434,12 @@ class Run:
         losses, evaluations = [e for e in log if "loss" in e], [e for e in log if scores[0] in e]
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
         for key in [k for k in (losses[0] if losses else {}) if k.startswith("loss")]:
-            left.plot([e["step"] for e in losses], [e[key] for e in losses], label=key, lw=2 if key == "loss" else 1)
+            left.plot([e["step"] for e in losses], [e[key] for e in losses], label=key, lw=2 if key == "loss"
+                      else 1)
         left.set(xlabel="step", yscale="log", title="training loss")
         for key in scores:
-            right.plot([e["step"] for e in evaluations], [e[key] for e in evaluations], "o-", ms=3, label=key)
+            right.plot([e["step"] for e in evaluations], [e[key] for e in evaluations], "o-", ms=3,
+                       label=key)
         right.set(xlabel="step", ylim=(0, 1), title="validation")
         for axis in (left, right):
             axis.grid(alpha=0.3)
@@ -410,7 +451,8 @@ class Run:
 
 
 class Mean:
-    """Means of tensors that stay on their device until they are asked for, so that no step waits for the GPU."""
+    """Means of tensors that stay on their device until they are asked for, so that no step waits for the
+    GPU."""
 
     def __init__(self):
         self.sums, self.count = {}, 0
@@ -421,8 +463,8 @@ class Mean:
         self.count += 1
 
     def take(self) -> dict[str, float]:
-        """The means over the steps, summed over the processes (whose losses are shares of the total batch's), and a fresh
-        start."""
+        """The means over the steps, summed over the processes (whose losses are shares of the total
+        batch's), and a fresh start."""
         sums = torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in self.sums.values()])
         if world_size() > 1:
             dist.all_reduce(sums)

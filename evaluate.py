@@ -1,7 +1,9 @@
 """Evaluation: COCO AP of a checkpoint, or of any COCO result file, and pictures of what a detector finds.
 
-    python evaluate.py runs/NAME/last.pt --data coco            one table, the paper's row beside ours; results.json
-    python evaluate.py runs/NAME/last.pt --images a.jpg b.png   boxes with class names and scores, drawn on any pictures
+    python evaluate.py runs/NAME/last.pt --data coco            one table, the paper's row beside ours;
+    results.json
+    python evaluate.py runs/NAME/last.pt --images a.jpg b.png   boxes with class names and scores, drawn on
+    any pictures
     python evaluate.py fp-detr-lite.pth --data coco             a released checkpoint is recognised
 """
 import argparse
@@ -31,12 +33,14 @@ PAPER = {  # COCO 2017 val, Table 2
 }
 
 
-def coco_metrics(ground_truth_json: str | Path | dict, detections: list[dict] | str | Path) -> dict[str, float]:
+def coco_metrics(ground_truth_json: str | Path | dict,
+                 detections: list[dict] | str | Path) -> dict[str, float]:
     """COCO's box AP, by pycocotools.
 
     Args:
         ground_truth_json: an annotation file in COCO format, or its content.
-        detections: [{"image_id", "category_id", "bbox": [x, y, w, h], "score"}], or a file that holds such a list.
+        detections: [{"image_id", "category_id", "bbox": [x, y, w, h], "score"}], or a file that holds such a
+            list.
     Returns:
         {"AP", "AP50", "AP75", "APs", "APm", "APl"} in [0, 1]; -1 where there is no object of that size.
     """
@@ -49,7 +53,8 @@ def coco_metrics(ground_truth_json: str | Path | dict, detections: list[dict] | 
             detections = json.loads(Path(detections).read_text())
         unknown = {d["image_id"] for d in detections} - set(truth.getImgIds())
         if unknown:
-            raise InputError(f"detections are for another data set: image id {min(unknown)} is not in its annotations")
+            raise InputError(f"detections are for another data set: image id {min(unknown)} is not in its "
+                             f"annotations")
         results = COCO()
         if detections:
             results = truth.loadRes([dict(d) for d in detections])
@@ -65,15 +70,19 @@ def coco_metrics(ground_truth_json: str | Path | dict, detections: list[dict] | 
 
 
 def best_boxes(outputs: dict, sizes: list[tuple[int, int]], top: int = 100) -> list[dict[str, Tensor]]:
-    """A detector's outputs -> per image the `top` best of query x class scores (no suppression of neighbours).
+    """A detector's outputs -> per image the `top` best of query x class scores (no suppression of
+    neighbours).
 
     Args:
-        outputs: "pred_logits" (B, Q, K), "pred_boxes" (B, Q, 4). sizes: (width, height) of each original image.
+        outputs: "pred_logits" (B, Q, K), "pred_boxes" (B, Q, 4). sizes: (width, height) of each original
+            image.
     Returns:
-        {"scores": (n,) falling, "labels": (n,) int64, "boxes": (n, 4) xyxy in pixels, clipped to the image} per image.
+        {"scores": (n,) falling, "labels": (n,) int64, "boxes": (n, 4) xyxy in pixels, clipped to the image}
+        per image.
     """
     K = outputs["pred_logits"].shape[-1]
-    scores, index = outputs["pred_logits"].sigmoid().flatten(1).topk(min(top, outputs["pred_logits"][0].numel()))
+    scores = outputs["pred_logits"].sigmoid().flatten(1)  # (B, Q K)
+    scores, index = scores.topk(min(top, scores.shape[1]))
     detections = []
     for s, i, boxes, (w, h) in zip(scores.cpu(), index.cpu(), outputs["pred_boxes"].cpu(), sizes):
         centre, half = boxes[i // K].split(2, -1)[0], boxes[i // K].split(2, -1)[1] / 2
@@ -85,7 +94,8 @@ def best_boxes(outputs: dict, sizes: list[tuple[int, int]], top: int = 100) -> l
 @torch.no_grad()
 def detect(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Namespace, device: torch.device,
            batch_size: int = 1) -> list[dict]:
-    """Detections on a whole set as COCO result dicts, the work split over the processes and gathered in all of them."""
+    """Detections on a whole set as COCO result dicts, the work split over the processes and gathered in all
+    of them."""
     was_training = model.training
     model.eval()
     mine = Subset(dataset, range(engine.rank(), len(dataset), engine.world_size()))  # no image twice
@@ -98,7 +108,8 @@ def detect(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Namespa
         for target, found in zip(targets, best_boxes(outputs, [t["size"] for t in targets])):
             xywh = torch.cat([found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]], 1)
             for score, label, box in zip(found["scores"].tolist(), found["labels"].tolist(), xywh.tolist()):
-                # Rounded as COCO's own result files are; a full evaluation of COCO is a file of 500,000 entries.
+                # Rounded as COCO's own result files are; a full evaluation of COCO is a file of 500,000
+                # entries.
                 results.append({"image_id": target["image_id"], "category_id": dataset.category_ids[label],
                                 "bbox": [round(v, 2) for v in box], "score": round(score, 6)})
     model.train(was_training)
@@ -114,21 +125,24 @@ def table(rows: dict[str, tuple | list]) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# -------------------------------------------------------------------------------------------------- pictures
 
 def colour_of(label: int) -> tuple[int, int, int]:
-    """Distinct bright colours for neighbouring labels, by steps of the golden ratio around the colour circle."""
+    """Distinct bright colours for neighbouring labels, by steps of the golden ratio around the colour
+    circle."""
     k = (np.array([5, 3, 1]) + label * 0.618034 * 6) % 6
     return tuple(int(v) for v in 255 * (1 - 0.85 * np.clip(np.minimum(k, 4 - k), 0, 1)))
 
 
-def draw(image: Image.Image, found: dict[str, Tensor], classes: list[str], threshold: float = 0.3) -> Image.Image:
+def draw(image: Image.Image, found: dict[str, Tensor], classes: list[str],
+         threshold: float = 0.3) -> Image.Image:
     """A copy of a picture with the boxes that score at least `threshold`, their class names and scores."""
     scale = max(1, round(400 / max(image.size)))  # small pictures are enlarged, so that the text can be read
     picture = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     pen, line = ImageDraw.Draw(picture), max(2, max(picture.size) // 300)
     font = ImageFont.load_default(max(11, max(picture.size) // 45))
-    for score, label, box in reversed(list(zip(*(found[k].tolist() for k in ("scores", "labels", "boxes"))))):
+    rows = zip(*(found[k].tolist() for k in ("scores", "labels", "boxes")))
+    for score, label, box in reversed(list(rows)):  # the best is drawn last, on top
         if score < threshold:
             continue
         x0, y0, x1, y1 = (v * scale for v in box)
@@ -164,11 +178,14 @@ def picture_results(dataset: DetectionSet, results: list[dict], count: int = 8) 
 
 
 @torch.no_grad()
-def draw_files(model: torch.nn.Module, classes: list[str], args: argparse.Namespace, device: torch.device) -> None:
+def draw_files(model: torch.nn.Module, classes: list[str], args: argparse.Namespace,
+               device: torch.device) -> None:
     """--images: detects on picture files and writes each, with its boxes, into the output folder."""
-    pictures = {f"{Path(p).stem}-detections.png": read_image(p) for p in args.images}  # all read before any is written
+    # all read before any is written
+    pictures = {f"{Path(p).stem}-detections.png": read_image(p) for p in args.images}
     if len(pictures) < len(args.images):
-        raise InputError("two of the --images have the same name, and so would their pictures: draw them one by one")
+        raise InputError("two of the --images have the same name, and so would their pictures: draw them "
+                         "one by one")
     make_folder(args.out)
     for name, image in pictures.items():
         no_boxes = np.zeros((0, 4)), np.zeros(0, int)
@@ -187,17 +204,21 @@ def make_folder(path: Path) -> None:
         raise InputError(f"cannot write into {path} ({e.strerror}): choose another --out") from None
 
 
-# ------------------------------------------------------------------------------------------------------------- command
+# --------------------------------------------------------------------------------------------------- command
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint of finetune.py or of the authors, or a COCO result file (.json)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint",
+                        help="a checkpoint of finetune.py or of the authors, or a COCO result file (.json)")
     engine.add_data_flags(parser)
     parser.set_defaults(data=None, image_size=None)
-    parser.add_argument("--images", nargs="+", metavar="FILE", help="draw detections on these pictures; no evaluation")
+    parser.add_argument("--images", nargs="+", metavar="FILE",
+                        help="draw detections on these pictures; no evaluation")
     parser.add_argument("--threshold", type=float, default=0.3, help="least score of a box that is drawn")
-    parser.add_argument("--out", type=Path, help="folder for results.json and pictures (default: evaluation/ beside "
-                        "the checkpoint)")
+    parser.add_argument("--out", type=Path,
+                        help="folder for results.json and pictures (default: evaluation/ beside the "
+                             "checkpoint)")
     parser.add_argument("--batch-size", type=engine.positive, default=1, help="images per forward pass")
     return parser.parse_args()
 
@@ -219,11 +240,14 @@ def read_results(path: str, dataset: DetectionSet) -> list[dict]:
         raise InputError(f"results {path} cannot be read ({e})") from None
     images, categories = {r.id for r in dataset.records}, set(dataset.category_ids)
     for i, entry in enumerate(results if isinstance(results, list) else [None]):
-        if not (isinstance(entry, dict) and type(entry.get("image_id")) is int and entry["image_id"] in images
+        if not (isinstance(entry, dict) and type(entry.get("image_id")) is int
+                and entry["image_id"] in images
                 and type(entry.get("category_id")) is int and entry["category_id"] in categories
-                and is_number(entry.get("score")) and isinstance(entry.get("bbox"), list) and len(entry["bbox"]) == 4
+                and is_number(entry.get("score")) and isinstance(entry.get("bbox"), list)
+                and len(entry["bbox"]) == 4
                 and all(map(is_number, entry["bbox"])) and min(entry["bbox"][2:]) >= 0):
-            raise InputError(f"results {path}: entry {i} is no detection on {dataset.name}, which needs an image_id and a "
+            raise InputError(f"results {path}: entry {i} is no detection on {dataset.name}, which needs an "
+                             f"image_id and a "
                              "category_id of it, a bbox [x, y, w, h] and a score")
     return results
 
@@ -255,13 +279,15 @@ def main() -> None:
         return
     metrics = coco_metrics(dataset.ground_truth, results)
     (args.out / "results.json").write_text(json.dumps(results))
-    (args.out / "metrics.json").write_text(json.dumps({"data": dataset.name, "images": len(dataset), **metrics}, indent=1))
+    (args.out / "metrics.json").write_text(json.dumps({"data": dataset.name, "images": len(dataset),
+                                                       **metrics}, indent=1))
     picture_results(dataset, results).save(args.out / "detections.png")
     rows = {"this model": [100 * v for v in metrics.values()]}
     variant = engine.variant_of(info["config"]) if info else None
     if dataset.name == "coco val" and args.limit_val is None and variant in PAPER:
         rows[f"paper, FP-DETR-{variant.capitalize()}"] = PAPER[variant]
-    print(f"{dataset.name}, {len(dataset)} images, AP in percent\n{table(rows)}\nresults and pictures: {args.out}")
+    print(f"{dataset.name}, {len(dataset)} images, AP in percent\n{table(rows)}\nresults and pictures: "
+          f"{args.out}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Stage 2: fine-tuning for object detection (Section 3.3 and 4.1), from a pre-trained encoder or from scratch.
+"""Stage 2: fine-tuning for object detection (Section 3.3 and 4.1), from a pre-trained encoder or from
+scratch.
 
     python finetune.py                                  the embedded data, minutes on a laptop
     python finetune.py --variant lite --data coco       the paper's recipe
     torchrun --nproc_per_node=8 finetune.py --variant base --data coco      the same total batch on 8 GPUs
 
-Matching, losses, the recipe and the training loop are all on this page. They follow Deformable DETR, as the paper says
-(4.1); details on which the paper is silent follow the authors' released code.
+Matching, losses, the recipe and the training loop are all on this page. They follow Deformable DETR, as the
+paper says (4.1); details on which the paper is silent follow the authors' released code.
 """
 import argparse
 import itertools
@@ -29,7 +30,7 @@ CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 2.0, 5.0, 2.0  # of the losses and, the s
 FOCAL_ALPHA = 0.25  # and gamma 2, written out as squares below
 
 
-# -------------------------------------------------------------------------------------------------- matching and losses
+# --------------------------------------------------------------------------------------- matching and losses
 
 def corners(boxes: Tensor) -> Tensor:
     """(..., 4) cxcywh -> xyxy"""
@@ -38,11 +39,13 @@ def corners(boxes: Tensor) -> Tensor:
 
 
 def giou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised IoU of cxcywh boxes, broadcasting (..., 4) against (..., 4). The released code takes it in pixels; IoU
-    does not depend on the unit of either axis, so we stay in [0, 1] and need no image sizes."""
+    """Generalised IoU of cxcywh boxes, broadcasting (..., 4) against (..., 4). The released code takes it in
+    pixels; IoU does not depend on the unit of either axis, so we stay in [0, 1] and need no image sizes."""
     a, b = corners(a), corners(b)
-    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
+    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
+    overlap = (high - low).clamp(min=0).prod(-1)
+    low, high = torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])
+    hull = (high - low).prod(-1)
     union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - overlap
     tiny = 1e-12  # only boxes without area ever meet it
     return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
@@ -64,11 +67,13 @@ def match(pred_logits: Tensor, pred_boxes: Tensor, targets: list[dict]) -> list[
     if not labels.numel():
         return [(torch.empty(0, dtype=torch.int64),) * 2 for _ in targets]
     p = pred_logits.sigmoid()
-    focal = FOCAL_ALPHA * (1 - p) ** 2 * -(p + 1e-12).log() - (1 - FOCAL_ALPHA) * p ** 2 * -(1 - p + 1e-12).log()
+    focal = FOCAL_ALPHA * (1 - p) ** 2 * -(p + 1e-12).log()
+    focal = focal - (1 - FOCAL_ALPHA) * p ** 2 * -(1 - p + 1e-12).log()
     focal = focal.gather(2, labels[:, None].expand(-1, p.shape[1], -1))  # (B, Q, n_max)
     cost = (CLASS_WEIGHT * focal + L1_WEIGHT * torch.cdist(pred_boxes, boxes.to(pred_boxes), p=1)
             - GIOU_WEIGHT * giou(pred_boxes[:, :, None], boxes[:, None].to(pred_boxes)))
-    cost = cost.nan_to_num(nan=1e9, posinf=1e9, neginf=-1e9).cpu()  # the one time that a micro-batch waits for the GPU
+    # the one time that a micro-batch waits for the GPU
+    cost = cost.nan_to_num(nan=1e9, posinf=1e9, neginf=-1e9).cpu()
     pairs = (linear_sum_assignment(c[:, :n]) for c, n in zip(cost.numpy(), counts))
     return [(torch.from_numpy(q), torch.from_numpy(t)) for q, t in pairs]
 
@@ -78,24 +83,29 @@ def count_matches(targets: list[dict], queries: int) -> int:
     return sum(min(len(t["labels"]), queries) for t in targets)
 
 
-def detection_loss(outputs: dict, targets: list[dict], num_matches: float | Tensor | None = None) -> dict[str, Tensor]:
-    """Set prediction loss, summed over all supervised layers, each matched for itself (deep supervision, 4.1).
+def detection_loss(outputs: dict, targets: list[dict],
+                   num_matches: float | Tensor | None = None) -> dict[str, Tensor]:
+    """Set prediction loss, summed over all supervised layers, each matched for itself (deep supervision,
+    4.1).
 
     Args:
         outputs: of a Detector. targets: as in `match`, on the same device.
-        num_matches: by which all losses are divided, number or scalar tensor: matched queries of one layer in the
-            *total* batch, of all micro-batches and processes (1 if there are none). By default those of `targets`.
+        num_matches: by which all losses are divided, number or scalar tensor: matched queries of one layer
+            in the *total* batch, of all micro-batches and processes (1 if there are none). By default those
+            of `targets`.
     Returns:
         {"loss_class", "loss_bbox", "loss_giou"}: scalars, already weighted 2, 5, 2.
     """
     layers = [*outputs["aux_outputs"], outputs]
-    logits = torch.cat([o["pred_logits"] for o in layers])  # (6 B, Q, K): the layers as one large batch, matched at once
+    # (6 B, Q, K): the layers as one large batch, matched at once
+    logits = torch.cat([o["pred_logits"] for o in layers])
     boxes = torch.cat([o["pred_boxes"] for o in layers])
     if num_matches is None:
         num_matches = count_matches(targets, logits.shape[1])
     num_matches = torch.as_tensor(num_matches, dtype=torch.float32).clamp(min=1).to(logits.device)
     pairs = match(logits.detach(), boxes.detach(), targets * len(layers))
-    first = list(itertools.accumulate([0] + [len(t["labels"]) for t in targets]))  # where an image's objects start
+    # where an image's objects start
+    first = list(itertools.accumulate([0] + [len(t["labels"]) for t in targets]))
     index = torch.cat([torch.stack([torch.full_like(q, i), q, t + first[i % len(targets)]])
                        for i, (q, t) in enumerate(pairs)], 1)
     image, query, target = index.to(logits.device, non_blocking=True)  # (matches,) each
@@ -113,10 +123,11 @@ def detection_loss(outputs: dict, targets: list[dict], num_matches: float | Tens
             "loss_giou": GIOU_WEIGHT * (1 - giou(matched, true_boxes)).sum() / num_matches}
 
 
-# --------------------------------------------------------------------------------------------------------------- recipe
+# ---------------------------------------------------------------------------------------------------- recipe
 
 # What the embedded data change in the paper's recipe: a small model, from scratch, in minutes.
-SHAPES_RECIPE = dict(epochs=14, batch_size=16, lr=1e-3, schedule="one-cycle", image_size=64, augment="flip", dropout=0.0,
+SHAPES_RECIPE = dict(epochs=14, batch_size=16, lr=1e-3, schedule="one-cycle", image_size=64, augment="flip",
+                     dropout=0.0,
                      backbone_lr=1.0, sampling_lr=1.0, queries=25, workers=0, eval_every=2)
 
 
@@ -127,19 +138,25 @@ def parse() -> argparse.Namespace:
         + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in SHAPES_RECIPE.items()))
     engine.add_run_flags(parser)
     engine.add_data_flags(parser)
-    parser.add_argument("--pretrained", help="checkpoint to start from: of pretrain.py, of finetune.py or released")
+    parser.add_argument("--pretrained",
+                        help="checkpoint to start from: of pretrain.py, of finetune.py or released")
     parser.add_argument("--queries", type=int, help="number of object queries (paper: 300; tiny: 50)")
-    parser.add_argument("--dropout", type=engine.fraction, default=0.1, help="released code; the paper is silent")
+    parser.add_argument("--dropout", type=engine.fraction, default=0.1,
+                        help="released code; the paper is silent")
     parser.add_argument("--augment", choices=("paper", "flip", "none"), default="paper",
                         help="paper: flip, random sizes and crops, as Deformable DETR")
     parser.add_argument("--schedule", choices=("step", "one-cycle"), default="step",
-                        help="step: x0.1 at --lr-drop (4.1); one-cycle: up in the first tenth, then a cosine to 0")
+                        help="step: x0.1 at --lr-drop (4.1); one-cycle: up in the first tenth, then a "
+                             "cosine to 0")
     parser.add_argument("--lr-drop", type=int, default=40, help="epoch after which lr is x0.1 (4.1)")
-    parser.add_argument("--backbone-lr", type=engine.rate, default=0.1, help="factor on lr for the tokenizer's convolutions and "
-                        "norms (released code; 1 is better from scratch)")
-    parser.add_argument("--sampling-lr", type=engine.rate, default=0.1, help="factor on lr for the projections that give "
-                        "sampling offsets and reference points (Deformable DETR)")
-    parser.add_argument("--clip", type=engine.rate, default=0.1, help="largest L2 norm of the gradient (released code)")
+    parser.add_argument("--backbone-lr", type=engine.rate, default=0.1,
+                        help="factor on lr for the tokenizer's convolutions and norms (released code; 1 is "
+                             "better from scratch)")
+    parser.add_argument("--sampling-lr", type=engine.rate, default=0.1,
+                        help="factor on lr for the projections that give sampling offsets and reference "
+                             "points (Deformable DETR)")
+    parser.add_argument("--clip", type=engine.rate, default=0.1,
+                        help="largest L2 norm of the gradient (released code)")
     parser.add_argument("--eval-every", type=engine.positive, default=1, help="epochs between evaluations")
     known, _ = parser.parse_known_args()
     if known.data == "shapes":
@@ -148,24 +165,29 @@ def parse() -> argparse.Namespace:
 
 
 def optimizer_of(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
-    """AdamW with the learning rate multipliers of the released code. Its "backbone" is the convolutions and norms of the
-    tokenizer; the projections to D are its "neck" and learn at the full rate."""
+    """AdamW with the learning rate multipliers of the released code. Its "backbone" is the convolutions and
+    norms of the tokenizer; the projections to D are its "neck" and learn at the full rate."""
     multipliers = {"tokenizer.convs": args.backbone_lr, "tokenizer.norms": args.backbone_lr,
                    "tokenizer.out_norms": args.backbone_lr, "sampling_offsets": args.sampling_lr,
                    "reference_points": args.sampling_lr}
-    return torch.optim.AdamW(engine.parameter_groups(model, args.lr, multipliers), lr=args.lr, betas=(0.9, 0.999),
+    return torch.optim.AdamW(engine.parameter_groups(model, args.lr, multipliers), lr=args.lr,
+                             betas=(0.9, 0.999),
                              weight_decay=args.weight_decay)
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# -------------------------------------------------------------------------------------------------- training
 
-def train_step(model, optimizer, batch: list, args: argparse.Namespace, device: torch.device) -> dict[str, Tensor]:
-    """One step on this process's share of the total batch, given as micro-batches. Returns its share of the losses."""
-    batch = [(images.to(device, non_blocking=True), None if mask is None else mask.to(device, non_blocking=True),
+def train_step(model, optimizer, batch: list, args: argparse.Namespace,
+               device: torch.device) -> dict[str, Tensor]:
+    """One step on this process's share of the total batch, given as micro-batches. Returns its share of the
+    losses."""
+    batch = [(images.to(device, non_blocking=True), None if mask is None
+              else mask.to(device, non_blocking=True),
               [{k: t[k].to(device, non_blocking=True) for k in ("labels", "boxes")} for t in targets])
              for images, mask, targets in batch]
     queries = model.encoder.config.queries
-    num_matches = engine.sum_over_processes(sum(count_matches(targets, queries) for _, _, targets in batch), device)
+    num_matches = engine.sum_over_processes(sum(count_matches(targets, queries) for _, _, targets in batch),
+                                            device)
     totals = {k: torch.zeros((), device=device) for k in ("loss", "loss_class", "loss_bbox", "loss_giou")}
     optimizer.zero_grad(set_to_none=True)
     for images, mask, targets in batch:
@@ -182,7 +204,8 @@ def train_step(model, optimizer, batch: list, args: argparse.Namespace, device: 
     return totals
 
 
-def evaluate_epoch(model, dataset: DetectionSet, args: argparse.Namespace, device: torch.device, run) -> dict[str, float]:
+def evaluate_epoch(model, dataset: DetectionSet, args: argparse.Namespace, device: torch.device,
+                   run) -> dict[str, float]:
     results = detect(model, dataset, args, device, batch_size=min(16, args.micro_batch or args.batch_size))
     if not engine.rank():
         picture_results(dataset, results).save(run.folder / "detections.png")
@@ -214,7 +237,8 @@ def prepare(args: argparse.Namespace, device: torch.device):
 
 
 def train_epoch(model, optimizer, loader: DataLoader, epoch: int, args, device, run, bar: tqdm) -> int:
-    """One pass over the training set; logs every tenth step. Returns the number of steps since the start of the run."""
+    """One pass over the training set; logs every tenth step. Returns the number of steps since the start of
+    the run."""
     model.train()
     engine.seed_epoch(args.seed, epoch)
     steps, meters = len(loader), engine.Mean()
@@ -228,7 +252,8 @@ def train_epoch(model, optimizer, loader: DataLoader, epoch: int, args, device, 
         if (step + 1) % 10 == 0 or step % steps == steps - 1:
             means = meters.take()
             if not math.isfinite(means["loss"]):
-                raise InputError(f"the loss became {means['loss']} in epoch {epoch + 1}, step {step + 1}: try a lower --lr; "
+                raise InputError(f"the loss became {means['loss']} in epoch {epoch + 1}, step {step + 1}: "
+                                 f"try a lower --lr; "
                                  "the last checkpoint is untouched")
             run.log(epoch=epoch + 1, step=step + 1, **means, lr=args.lr * factor)
             bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
@@ -243,7 +268,8 @@ def main() -> None:
     train, val, model, state = prepare(args, device)
     optimizer = optimizer_of(model, args)
     sampler = engine.BatchSampler(len(train), args.batch_size, args.seed)
-    loader = DataLoader(train, batch_sampler=sampler, num_workers=args.workers, pin_memory=device.type == "cuda",
+    loader = DataLoader(train, batch_sampler=sampler, num_workers=args.workers,
+                        pin_memory=device.type == "cuda",
                         collate_fn=partial(micro_batches, size=args.micro_batch or args.batch_size))
     run.open(args)
     start, best, metrics = 0, -1.0, {}
@@ -252,7 +278,8 @@ def main() -> None:
         start, best, metrics = state["epoch"], state["best"], state["metrics"]
         run.rewind(state["step"])
 
-    bar = tqdm(total=args.epochs * len(train), initial=start * len(train), unit="img", disable=engine.rank() > 0,
+    bar = tqdm(total=args.epochs * len(train), initial=start * len(train), unit="img",
+               disable=engine.rank() > 0,
                desc=f"fine-tuning {args.variant} on {train.name}", smoothing=0.05, mininterval=1)
     for epoch in range(start, args.epochs):
         sampler.epoch = train.epoch = epoch
@@ -268,12 +295,14 @@ def main() -> None:
             if metrics["AP"] > best:
                 best = metrics["AP"]
                 engine.save_checkpoint(run.folder / "best.pt", checkpoint)
-        engine.save_checkpoint(run.last, {**checkpoint, "optimizer": optimizer.state_dict(), "epoch": epoch + 1,
+        engine.save_checkpoint(run.last, {**checkpoint, "optimizer": optimizer.state_dict(), "epoch": epoch
+                                          + 1,
                                           "step": step, "best": best, "metrics": metrics})
     bar.close()
     if not engine.rank():
         print(f"{val.name}, {len(val)} images, AP in percent, {run.minutes()}\n"
-              f"{table({'this model': [100 * v for v in metrics.values()]})}\neverything of this run: {run.folder}")
+              f"{table({'this model': [100 * v for v in metrics.values()]})}\neverything of this run: "
+              f"{run.folder}")
 
 
 if __name__ == "__main__":

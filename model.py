@@ -1,11 +1,13 @@
-"""FP-DETR: one deformable transformer encoder, asked by a few extra tokens (Wang et al., ICLR 2022, Sections 3 and 4.1).
+"""FP-DETR: one deformable transformer encoder, asked by a few extra tokens (Wang et al., ICLR 2022, Sections
+3 and 4.1).
 
-With one extra token, the class token, the answer is an image class (`Classifier`, pre-training, 3.2); with 300 of them, the
-object queries, it is a set of boxes (`Detector`, fine-tuning, 3.3). Both are the same mechanism here, and the encoder's
-state dict passes from one to the other with strict=True. Losses, data and training are elsewhere.
+With one extra token, the class token, the answer is an image class (`Classifier`, pre-training, 3.2); with
+300 of them, the object queries, it is a set of boxes (`Detector`, fine-tuning, 3.3). Both are the same
+mechanism here, and the encoder's state dict passes from one to the other with strict=True. Losses, data and
+training are elsewhere.
 
-Where the paper is silent, the authors' released code decides; where the two differ, the paper does, and a comment says so.
-`released.py` turns a model of this file into the released layout.
+Where the paper is silent, the authors' released code decides; where the two differ, the paper does, and a
+comment says so. `released.py` turns a model of this file into the released layout.
 """
 import math
 from dataclasses import dataclass
@@ -18,7 +20,8 @@ from deform_attn import MSDeformAttn, at_least_float32
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line: what, where, how to mend. Scripts exit with 2."""
+    """Something the user gave cannot be used. The message is one line: what, where, how to mend. Scripts
+    exit with 2."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +33,18 @@ class Config:
     tokenizer_dim: int = 192  # D0, channels inside the tokenizer (A.1)
     layers: int = 12          # T
     entry_layer: int = 7      # the first layer that sees the extra tokens, counted from 1 (4.1, after CaiT)
-    points: int = 4           # P, sampling points per head and level (4.1); the levels are four, as the tokenizer's
+    points: int = 4           # P, sampling points per head and level (4.1); there are always four levels
     queries: int = 300        # N_q, object queries of a detector (4.1)
     dropout: float = 0.0      # the released fine-tuning uses 0.1 everywhere; the paper does not mention it
     adaptor: str = "self-attention"  # the task adaptor of Eq. 5, or "none" (Table 3)
 
     def __post_init__(self):
         if self.dim % self.heads or self.dim % 4:
-            raise InputError(f"dim {self.dim} must be divisible by 4 (sine positions) and by the {self.heads} heads")
+            raise InputError(f"dim {self.dim} must be divisible by 4 (sine positions) and by the "
+                             f"{self.heads} heads")
         if not 1 <= self.entry_layer <= self.layers:
-            raise InputError(f"entry layer {self.entry_layer} does not exist: choose one of 1 to {self.layers}")
+            raise InputError(f"entry layer {self.entry_layer} does not exist: choose one of 1 to "
+                             f"{self.layers}")
         if self.queries < 1:
             raise InputError(f"{self.queries} queries cannot detect anything: choose 1 or more")
         if self.adaptor not in ("self-attention", "none"):
@@ -47,35 +52,42 @@ class Config:
 
 
 VARIANTS: dict[str, Config] = {
-    "tiny": Config(dim=64, mlp_dim=256, heads=4, tokenizer_dim=64, queries=50),  # ours: for CPUs and teaching
+    # Ours, for CPUs and teaching.
+    "tiny": Config(dim=64, mlp_dim=256, heads=4, tokenizer_dim=64, queries=50),
     "lite": Config(),
     "small": Config(dim=384, mlp_dim=1536, heads=8, tokenizer_dim=384),
     "base": Config(dim=480, mlp_dim=1920, heads=10, tokenizer_dim=384),
 }
 
 
-# ------------------------------------------------------------------------------------------- image tokens (3.1, A.1)
+# ----------------------------------------------------------------------------------- image tokens (3.1, A.1)
 
 class Tokenizer(nn.Module):
-    """Table 6: four non-overlapping convolutions in a chain, each followed by a LayerNorm; strides 8, 16, 32, 64.
-    Every level is projected to D by its own linear layer (A.1). The released code differs, see released.py."""
+    """Table 6: four non-overlapping convolutions in a chain, each followed by a LayerNorm; strides 8, 16,
+    32, 64. Every level is projected to D by its own linear layer (A.1). The released code differs, see
+    released.py."""
     strides = (8, 16, 32, 64)
-    multiple = 64  # a detector pads its images to a multiple of this, lest the last column of patches be cut off
+    # a detector pads its images to a multiple of this, lest the last column of patches be cut off
+    multiple = 64
 
     def __init__(self, config: Config):
         super().__init__()
         d0 = config.tokenizer_dim
-        self.convs = nn.ModuleList(nn.Conv2d(cin, d0, k, stride=k) for cin, k in ((3, 8), (d0, 2), (d0, 2), (d0, 2)))
-        self.norms = nn.ModuleList(nn.LayerNorm(d0, eps=1e-6) for _ in self.convs)  # eps as in the released code
+        chain = ((3, 8), (d0, 2), (d0, 2), (d0, 2))  # input channels, kernel size = stride
+        self.convs = nn.ModuleList(nn.Conv2d(channels, d0, k, stride=k) for channels, k in chain)
+        # eps as in the released code
+        self.norms = nn.ModuleList(nn.LayerNorm(d0, eps=1e-6) for _ in self.convs)
         self.projections = nn.ModuleList(nn.Linear(d0, config.dim) for _ in self.convs)
         for projection in self.projections:
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images: (B, 3, H, W), H and W at least 64 -> four levels, each (B, H // stride, W // stride, D)."""
+        """images: (B, 3, H, W), H and W at least 64 -> four levels, each (B, H // stride, W // stride,
+        D)."""
         if min(images.shape[-2:]) < self.strides[-1]:
-            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels are too small: each side needs at least 64")
+            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels are too small: each side needs "
+                             f"at least 64")
         levels, x = [], images
         for conv, norm, projection in zip(self.convs, self.norms, self.projections):
             x = norm(conv(x).permute(0, 2, 3, 1))  # (B, h, w, D0)
@@ -85,9 +97,11 @@ class Tokenizer(nn.Module):
 
 
 def sine_positions(valid: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """Sine embedding of each token's place, counted over valid tokens and scaled to [0, 2 pi] (as in Deformable DETR).
+    """Sine embedding of each token's place, counted over valid tokens and scaled to [0, 2 pi] (as in
+    Deformable DETR).
 
-    valid: (B, h, w) bool, True for tokens of the image, False for padding -> (B, h, w, dim), first half y, second half x.
+    valid: (B, h, w) bool, True for tokens of the image, False for padding -> (B, h, w, dim), first half y,
+        second half x.
     """
     places = []
     for axis in (1, 2):
@@ -101,16 +115,17 @@ def sine_positions(valid: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 
 @dataclass
 class ImageTokens:
-    """What the encoder knows of a batch of images, with N = sum of h_l w_l tokens, levels from fine to coarse (3.1)."""
+    """What the encoder knows of a batch of images, with N = sum of h_l w_l tokens, levels from fine to
+    coarse (3.1)."""
     content: Tensor               # (B, N, D)
     positions: Tensor             # (B, N, D), sine position + level embedding
     references: Tensor            # (B, N, 4, 2), each token's own centre as (x, y) on every level's map
     shapes: list[tuple[int, int]]  # (h_l, w_l)
     padding: Tensor | None        # (B, N), True at padding; None if no image is padded
-    valid_ratios: Tensor          # (B, 4, 2), which part of each level's (width, height) is image rather than padding
+    valid_ratios: Tensor          # (B, 4, 2), the part of each level's (width, height) that is no padding
 
 
-# ---------------------------------------------------------------------------------------- extra tokens (Eq. 1 and 4)
+# -------------------------------------------------------------------------------- extra tokens (Eq. 1 and 4)
 
 @dataclass
 class ExtraTokens:
@@ -121,8 +136,9 @@ class ExtraTokens:
 
 
 class ExtraTokenEmbedding(nn.Module):
-    """Learned content and position of the extra tokens. The position is a *visual prompt* (3.3): a linear layer maps it
-    to the reference point, so it says where to look. One token pre-trains (x_cls), N_q tokens detect (x_obj, p)."""
+    """Learned content and position of the extra tokens. The position is a *visual prompt* (3.3): a linear
+    layer maps it to the reference point, so it says where to look. One token pre-trains (x_cls), N_q tokens
+    detect (x_obj, p)."""
 
     def __init__(self, count: int, dim: int):
         super().__init__()
@@ -135,27 +151,30 @@ class ExtraTokenEmbedding(nn.Module):
     def forward(self, batch_size: int) -> ExtraTokens:
         with torch.autocast(self.position.device.type, enabled=False):
             references = self.reference_points(self.position).sigmoid()
-        return ExtraTokens(*(x.expand(batch_size, -1, -1) for x in (self.content, self.position, references)))
+        parts = (self.content, self.position, references)
+        return ExtraTokens(*(x.expand(batch_size, -1, -1) for x in parts))
 
 
 class SelfAttentionAdaptor(nn.Module):
-    """The task adaptor of Eq. 5: self-attention among the queries before each layer that holds them, shared by those
-    layers (4.3). The relations between objects, which one class token could never learn in pre-training, come in here.
+    """The task adaptor of Eq. 5: self-attention among the queries before each layer that holds them, shared
+    by those layers (4.3). The relations between objects, which one class token could never learn in
+    pre-training, come in here.
 
-    Released code: the LayerNorm is one per layer and runs over the image tokens too (see released.py). Paper: nothing
-    about a norm; we keep one on the queries, shared like the attention.
+    Released code: the LayerNorm is one per layer and runs over the image tokens too (see released.py).
+    Paper: nothing about a norm; we keep one on the queries, shared like the attention.
     """
 
     def __init__(self, config: Config):
         super().__init__()
-        self.attention = nn.MultiheadAttention(config.dim, config.heads, dropout=config.dropout, batch_first=True)
+        self.attention = nn.MultiheadAttention(config.dim, config.heads, dropout=config.dropout,
+                                               batch_first=True)
         nn.init.xavier_uniform_(self.attention.out_proj.weight)  # in_proj is xavier-uniform by default
         self.dropout = nn.Dropout(config.dropout)
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, extra: Tensor, positions: Tensor, image: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """extra, positions: (B, E, D); image: (B, N, D); step: 0 before the first layer with queries, then 1, 2, ...
-        -> the new extra and image tokens (the latter unchanged)."""
+        """extra, positions: (B, E, D); image: (B, N, D); step: 0 before the first layer with queries, then
+        1, 2, ... -> the new extra and image tokens (the latter unchanged)."""
         return self.norm(self.attend(extra, positions)), image
 
     def attend(self, extra: Tensor, positions: Tensor) -> Tensor:
@@ -163,7 +182,7 @@ class SelfAttentionAdaptor(nn.Module):
         return extra + self.dropout(self.attention(where, where, extra, need_weights=False)[0])
 
 
-# ------------------------------------------------------------------------------------------------- encoder (3.2, 4.1)
+# ---------------------------------------------------------------------------------------- encoder (3.2, 4.1)
 
 class EncoderLayer(nn.Module):
     """z' = LN(MSDSA(z) + z), z = LN(MLP(z') + z'): Eq. 2 and 3, post-norm."""
@@ -172,7 +191,8 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.attention = MSDeformAttn(config.dim, config.heads, levels=4, points=config.points)
         self.norm1 = nn.LayerNorm(config.dim)
-        self.mlp = nn.Sequential(nn.Linear(config.dim, config.mlp_dim), nn.ReLU(), nn.Dropout(config.dropout),
+        self.mlp = nn.Sequential(nn.Linear(config.dim, config.mlp_dim), nn.ReLU(),
+                                 nn.Dropout(config.dropout),
                                  nn.Linear(config.mlp_dim, config.dim))
         for linear in (self.mlp[0], self.mlp[3]):
             nn.init.xavier_uniform_(linear.weight)
@@ -180,13 +200,15 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, tokens: Tensor, positions: Tensor, references: Tensor, image: ImageTokens) -> Tensor:
-        """tokens, positions: (B, E + N, D); references: (B, E + N, 4, 2); `image` gives shapes and padding -> like tokens."""
-        # 3.2 makes the extra tokens a fifth level and masks it, so that nobody attends to them. A masked softmax gives
-        # that level weight 0; we leave it out instead: the same result exactly, for a fifth less work. So the values
-        # are the image tokens alone, and image tokens cannot depend on the extra tokens.
+        """tokens, positions: (B, E + N, D); references: (B, E + N, 4, 2); `image` gives shapes and padding
+        -> like tokens."""
+        # 3.2 makes the extra tokens a fifth level and masks it, so that nobody attends to them. A masked
+        # softmax gives that level weight 0; we leave it out instead: the same result exactly, for a fifth
+        # less work. So the values are the image tokens alone, and image tokens cannot depend on the extra
+        # tokens.
         memory = tokens[:, -image.content.shape[1]:]
-        # Eq. 4 adds positions to the content once, at the input. Like the released code and Deformable DETR we add them
-        # to the query side of every layer instead: a prompt has to be readable in every layer.
+        # Eq. 4 adds positions to the content once, at the input. Like the released code and Deformable DETR
+        # we add them to the query side of every layer instead: a prompt has to be readable in every layer.
         attended = self.attention(tokens + positions, references, memory, image.shapes, image.padding)
         tokens = self.norm1(tokens + self.dropout(attended))
         return self.norm2(tokens + self.dropout(self.mlp(tokens)))
@@ -210,48 +232,56 @@ class Encoder(nn.Module):
             # A token is valid if its top left pixel is: "nearest", as in Deformable DETR.
             valid = [~F.interpolate(padding_mask[:, None].float(), v.shape[1:])[:, 0].bool() for v in valid]
         dtype = self.level_embed.dtype
-        counts = [torch.stack([v[:, 0].sum(1), v[:, :, 0].sum(1)], -1).to(dtype) for v in valid]  # (B, 2) as (w, h)
+        # (B, 2) as (w, h)
+        counts = [torch.stack([v[:, 0].sum(1), v[:, :, 0].sum(1)], -1).to(dtype) for v in valid]
         shapes = [tuple(v.shape[1:]) for v in valid]
-        valid_ratios = torch.stack([n / n.new_tensor([w, h]) for n, (h, w) in zip(counts, shapes)], 1)  # (B, 4, 2)
+        # (B, 4, 2)
+        valid_ratios = torch.stack([n / n.new_tensor([w, h]) for n, (h, w) in zip(counts, shapes)], 1)
         positions, centres = [], []
         for v, n, embed in zip(valid, counts, self.level_embed):
             positions.append((sine_positions(v, self.config.dim, dtype) + embed).flatten(1, 2))
-            y, x = torch.meshgrid(*(torch.arange(s, device=v.device, dtype=dtype) + 0.5 for s in v.shape[1:]),
+            y, x = torch.meshgrid(*(torch.arange(s, device=v.device, dtype=dtype) + 0.5
+                                    for s in v.shape[1:]),
                                   indexing="ij")
-            centres.append(torch.stack([x, y], -1).flatten(0, 1) / n[:, None])  # (B, h w, 2) in [0, 1] of the image
+            # (B, h w, 2) in [0, 1] of the image
+            centres.append(torch.stack([x, y], -1).flatten(0, 1) / n[:, None])
         references = torch.cat(centres, 1)[:, :, None] * valid_ratios[:, None]  # (B, N, 4, 2)
         padding = None if padding_mask is None else torch.cat([~v.flatten(1) for v in valid], 1)
-        return ImageTokens(torch.cat([x.flatten(1, 2) for x in levels], 1), torch.cat(positions, 1), references,
-                           shapes, padding, valid_ratios)
+        content = torch.cat([x.flatten(1, 2) for x in levels], 1)
+        return ImageTokens(content, torch.cat(positions, 1), references, shapes, padding, valid_ratios)
 
     def forward(self, images: Tensor, extra: ExtraTokens, padding_mask: Tensor | None = None,
                 adaptor: nn.Module | None = None) -> tuple[list[Tensor], Tensor]:
         """
         Args:
             images: (B, 3, H, W). padding_mask: (B, H, W), True at padding, or None if there is none.
-            extra: the tokens that enter at `config.entry_layer`. adaptor: see SelfAttentionAdaptor; None in pre-training.
+            extra: the tokens that enter at `config.entry_layer`. adaptor: see SelfAttentionAdaptor; None in
+                pre-training.
         Returns:
-            the extra tokens (B, E, D) after each layer that holds them, and the image tokens (B, N, D) after the last.
+            the extra tokens (B, E, D) after each layer that holds them, and the image tokens (B, N, D) after
+            the last.
         """
         image = self.embed(images, padding_mask)
         tokens, positions, references = image.content, image.positions, image.references
         count, states = extra.content.shape[1], []
         for number, layer in enumerate(self.layers, start=1):
             if number == self.config.entry_layer:
-                # Order of Eq. 1 and 4, extra tokens first (the released code puts them last; it changes nothing).
+                # Order of Eq. 1 and 4, extra tokens first (the released code puts them last; it changes
+                # nothing).
                 tokens = torch.cat([extra.content, tokens], 1)
                 positions = torch.cat([extra.positions, positions], 1)
                 prompts = extra.references[:, :, None] * image.valid_ratios[:, None]  # (B, E, 4, 2)
                 references = torch.cat([prompts, references], 1)
             if number >= self.config.entry_layer and adaptor is not None:
-                tokens = torch.cat(adaptor(tokens[:, :count], extra.positions, tokens[:, count:], len(states)), 1)
+                tokens = torch.cat(adaptor(tokens[:, :count], extra.positions, tokens[:, count:],
+                                           len(states)), 1)
             tokens = layer(tokens, positions, references, image)
             if number >= self.config.entry_layer:
                 states.append(tokens[:, :count])
         return states, tokens[:, count:]
 
 
-# ---------------------------------------------------------------------------------------------------------- the models
+# ------------------------------------------------------------------------------------------------ the models
 
 class Classifier(nn.Module):
     """Pre-training (3.2): the class token of the last layer, through a linear layer."""
@@ -268,7 +298,8 @@ class Classifier(nn.Module):
         return self.class_head(states[-1][:, 0])
 
 
-def pad_to_multiple(images: Tensor, padding_mask: Tensor | None, multiple: int) -> tuple[Tensor, Tensor | None]:
+def pad_to_multiple(images: Tensor, padding_mask: Tensor | None,
+                    multiple: int) -> tuple[Tensor, Tensor | None]:
     """Pads (B, 3, H, W) images with zeros and their (B, H, W) mask with True, at the right and bottom."""
     h, w = images.shape[-2:]
     bottom, right = -h % multiple, -w % multiple
@@ -284,8 +315,8 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 class Detector(nn.Module):
-    """Fine-tuning (3.3): the class token replaced by object queries, a task adaptor among them, two heads shared by the
-    supervised layers (deep supervision on all layers that hold queries: the last six, 4.1)."""
+    """Fine-tuning (3.3): the class token replaced by object queries, a task adaptor among them, two heads
+    shared by the supervised layers (deep supervision on all layers that hold queries: the last six, 4.1)."""
 
     def __init__(self, config: Config, num_classes: int):
         super().__init__()
@@ -293,10 +324,12 @@ class Detector(nn.Module):
         self.queries = ExtraTokenEmbedding(config.queries, config.dim)
         self.adaptor = SelfAttentionAdaptor(config) if config.adaptor == "self-attention" else None
         self.class_head = nn.Linear(config.dim, num_classes)
-        nn.init.constant_(self.class_head.bias, -math.log(99))  # every class starts at 1 %, as RetinaNet's prior
+        # every class starts at 1 %, as RetinaNet's prior
+        nn.init.constant_(self.class_head.bias, -math.log(99))
         self.box_head = nn.Sequential(nn.Linear(config.dim, config.dim), nn.ReLU(),
                                       nn.Linear(config.dim, config.dim), nn.ReLU(), nn.Linear(config.dim, 4))
-        nn.init.zeros_(self.box_head[-1].weight)  # so boxes start at their reference point, 12 % of the image wide
+        # so boxes start at their reference point, 12 % of the image wide
+        nn.init.zeros_(self.box_head[-1].weight)
         with torch.no_grad():
             self.box_head[-1].bias.copy_(torch.tensor([0.0, 0.0, -2.0, -2.0]))
 
@@ -305,8 +338,9 @@ class Detector(nn.Module):
         Args:
             images: (B, 3, H, W), normalised, any size. padding_mask: (B, H, W), True at padding, or None.
         Returns:
-            {"pred_logits": (B, Q, K), "pred_boxes": (B, Q, 4), "aux_outputs": [the same two keys] per earlier layer};
-            boxes are float32 (cx, cy, w, h) in [0, 1] of the unpadded image; logits are for a sigmoid per class.
+            {"pred_logits": (B, Q, K), "pred_boxes": (B, Q, 4), "aux_outputs": [the same two keys] per
+            earlier layer}; boxes are float32 (cx, cy, w, h) in [0, 1] of the unpadded image; logits are for
+            a sigmoid per class.
         """
         images, padding_mask = pad_to_multiple(images, padding_mask, self.encoder.tokenizer.multiple)
         queries = self.queries(len(images))
@@ -314,7 +348,8 @@ class Detector(nn.Module):
         states = torch.stack(states)  # (6, B, Q, D)
         logits = self.class_head(states)
         with torch.autocast(images.device.type, enabled=False):
-            centre = F.pad(inverse_sigmoid(queries.references), (0, 2))  # (B, Q, 4), nothing added to width and height
+            # (B, Q, 4), nothing added to width and height
+            centre = F.pad(inverse_sigmoid(queries.references), (0, 2))
             boxes = (self.box_head(at_least_float32(states)) + centre).sigmoid()
         outputs = [{"pred_logits": at_least_float32(l), "pred_boxes": b} for l, b in zip(logits, boxes)]
         return {**outputs[-1], "aux_outputs": outputs[:-1]}

@@ -1,15 +1,18 @@
 """The authors' released layout: their tokenizer, their extra norms, and their checkpoints.
 
-Paper and released code differ in two modules. `released_layout` exchanges just these two in a model of model.py:
+Paper and released code differ in two modules. `released_layout` exchanges just these two in a model of
+model.py:
 
-    tokenizer   three patch convolutions, the fourth level by a 3x3 convolution from the third; two LayerNorms per level;
-                projections are convolutions without bias + GroupNorm (Table 6 has four convolutions and linear layers)
+    tokenizer   three patch convolutions, the fourth level by a 3x3 convolution from the third; two LayerNorms
+                per level; projections are convolutions without bias + GroupNorm (Table 6 has four
+                convolutions and linear layers)
     adaptor     one more LayerNorm per layer, over *all* tokens, image tokens too (Eq. 5 has none)
 
 and `load_released` reads one of their detection checkpoints (an mmdet file) into such a model.
 """
 import pickle
 import re
+import warnings
 from os import PathLike
 
 import torch
@@ -19,16 +22,18 @@ from model import VARIANTS, Config, Detector, InputError, SelfAttentionAdaptor
 
 
 class ReleasedTokenizer(nn.Module):
-    """Strides 8, 16, 32 by patch convolutions, 64 by a 3x3 convolution: 28, 14, 7, 4 tokens a side for 224 pixels, where
-    Table 6 gives 28, 14, 7, 3."""
+    """Strides 8, 16, 32 by patch convolutions, 64 by a 3x3 convolution: 28, 14, 7, 4 tokens a side for 224
+    pixels, where Table 6 gives 28, 14, 7, 3."""
     multiple = 32
 
     def __init__(self, config: Config, gn_groups: int = 32):
         super().__init__()
         d0, d = config.tokenizer_dim, config.dim
         self.convs = nn.ModuleList(nn.Conv2d(cin, d0, k, stride=k) for cin, k in ((3, 8), (d0, 2), (d0, 2)))
-        self.norms = nn.ModuleList(nn.LayerNorm(d0, eps=1e-6) for _ in self.convs)  # feed the next convolution
-        self.out_norms = nn.ModuleList(nn.LayerNorm(d0, eps=1e-6) for _ in self.convs)  # feed this level's projection
+        # feed the next convolution
+        self.norms = nn.ModuleList(nn.LayerNorm(d0, eps=1e-6) for _ in self.convs)
+        # feed this level's projection
+        self.out_norms = nn.ModuleList(nn.LayerNorm(d0, eps=1e-6) for _ in self.convs)
         self.projections = nn.ModuleList([*(nn.Conv2d(d0, d, 1, bias=False) for _ in self.convs),
                                           nn.Conv2d(d0, d, 3, stride=2, padding=1, bias=False)])
         for projection in self.projections:
@@ -44,7 +49,8 @@ class ReleasedTokenizer(nn.Module):
             features.append(out_norm(x).permute(0, 3, 1, 2))
             x = x.permute(0, 3, 1, 2)
         features.append(features[-1])
-        return [gn(proj(f)).permute(0, 2, 3, 1) for f, proj, gn in zip(features, self.projections, self.group_norms)]
+        pairs = zip(features, self.projections, self.group_norms)
+        return [norm(projection(x)).permute(0, 2, 3, 1) for x, projection, norm in pairs]
 
 
 class ReleasedAdaptor(SelfAttentionAdaptor):
@@ -53,14 +59,16 @@ class ReleasedAdaptor(SelfAttentionAdaptor):
     def __init__(self, config: Config):
         super().__init__(config)
         del self.norm
-        self.norms = nn.ModuleList(nn.LayerNorm(config.dim) for _ in range(config.layers - config.entry_layer + 1))
+        self.norms = nn.ModuleList(nn.LayerNorm(config.dim)
+                                   for _ in range(config.layers - config.entry_layer + 1))
 
     def forward(self, extra: Tensor, positions: Tensor, image: Tensor, step: int) -> tuple[Tensor, Tensor]:
         return self.norms[step](self.attend(extra, positions)), self.norms[step](image)
 
 
 def released_layout(model: nn.Module, gn_groups: int = 32) -> nn.Module:
-    """Turns a fresh Classifier or Detector of the paper's layout into one of the released layout, in place."""
+    """Turns a fresh Classifier or Detector of the paper's layout into one of the released layout, in
+    place."""
     config = model.encoder.config
     model.encoder.tokenizer = ReleasedTokenizer(config, gn_groups)
     if getattr(model, "adaptor", None) is not None:
@@ -68,11 +76,12 @@ def released_layout(model: nn.Module, gn_groups: int = 32) -> nn.Module:
     return model
 
 
-# ---------------------------------------------------------------------------------------------------- their checkpoints
+# ----------------------------------------------------------------------------------------- their checkpoints
 
 T = r"bbox_head\.transformer\."
-# Their name (a pattern over the whole key) -> ours. {n} and {last} are the first and the last group of the pattern; {stage}
-# counts the strides 8, 16, 32 from 0; {layer} is {n} in their encoder1, layers 1-6, and {n} + 6 in their encoder2, 7-12.
+# Their name (a pattern over the whole key) -> ours. {n} and {last} are the first and the last group of the
+# pattern; {stage} counts the strides 8, 16, 32 from 0; {layer} is {n} in their encoder1, layers 1-6, and {n}
+# + 6 in their encoder2, 7-12.
 KEYS = [
     (r"backbone\.patch_embed(8|16|32)\.proj\.(weight|bias)", "encoder.tokenizer.convs.{stage}.{last}"),
     (r"backbone\.patch_embed(8|16|32)\.norm\.(weight|bias)", "encoder.tokenizer.norms.{stage}.{last}"),
@@ -82,18 +91,22 @@ KEYS = [
     (r"neck\.extra_convs\.(0)\.conv\.(weight)", "encoder.tokenizer.projections.3.{last}"),
     (r"neck\.extra_convs\.(0)\.gn\.(weight|bias)", "encoder.tokenizer.group_norms.3.{last}"),
     (T + r"(level_embeds)", "encoder.level_embed"),
-    (T + r"encoder(?:1|2)\.layers\.(\d)\.attentions\.0\.(\w+\.(?:weight|bias))", "encoder.layers.{layer}.attention.{last}"),
-    (T + r"encoder(?:1|2)\.layers\.(\d)\.ffns\.0\.layers\.0\.0\.(weight|bias)", "encoder.layers.{layer}.mlp.0.{last}"),
-    (T + r"encoder(?:1|2)\.layers\.(\d)\.ffns\.0\.layers\.1\.(weight|bias)", "encoder.layers.{layer}.mlp.3.{last}"),
+    (T + r"encoder(?:1|2)\.layers\.(\d)\.attentions\.0\.(\w+\.(?:weight|bias))",
+     "encoder.layers.{layer}.attention.{last}"),
+    (T + r"encoder(?:1|2)\.layers\.(\d)\.ffns\.0\.layers\.0\.0\.(weight|bias)",
+     "encoder.layers.{layer}.mlp.0.{last}"),
+    (T + r"encoder(?:1|2)\.layers\.(\d)\.ffns\.0\.layers\.1\.(weight|bias)",
+     "encoder.layers.{layer}.mlp.3.{last}"),
     (T + r"encoder1\.layers\.(\d)\.norms\.0\.(weight|bias)", "encoder.layers.{layer}.norm1.{last}"),
     (T + r"encoder1\.layers\.(\d)\.norms\.1\.(weight|bias)", "encoder.layers.{layer}.norm2.{last}"),
     (T + r"encoder2\.layers\.(\d)\.norms\.0\.(weight|bias)", "adaptor.norms.{n}.{last}"),
     (T + r"encoder2\.layers\.(\d)\.norms\.1\.(weight|bias)", "encoder.layers.{layer}.norm1.{last}"),
     (T + r"encoder2\.layers\.(\d)\.norms\.2\.(weight|bias)", "encoder.layers.{layer}.norm2.{last}"),
-    (T + r"encoder2\.prompt_encoder_share\.attn\.(in_proj_weight|in_proj_bias|out_proj\.weight|out_proj\.bias)",
+    (T + r"encoder2\.prompt_encoder_share\.attn\.(in_proj_weight|in_proj_bias|out_proj\.(?:weight|bias))",
      "adaptor.attention.{last}"),
     (T + r"reference_points\.(weight|bias)", "queries.reference_points.{last}"),
-    (r"bbox_head\.cls_branches\.(\d)\.(weight|bias)", "class_head.{last}"),       # one tensor under six names
+    # one tensor under six names
+    (r"bbox_head\.cls_branches\.(\d)\.(weight|bias)", "class_head.{last}"),
     (r"bbox_head\.reg_branches\.\d\.(\d)\.(weight|bias)", "box_head.{n}.{last}"),  # likewise
 ]
 QUERY_KEY = "bbox_head.query_embedding.weight"
@@ -110,18 +123,21 @@ def our_name(key: str) -> str | None:
 
 
 def four_levels(tensor: Tensor, num_heads: int, points: int) -> Tensor:
-    """Drops the fifth level, which their layers 7-12 mask, from a sampling_offsets or attention_weights tensor."""
+    """Drops the fifth level, which their layers 7-12 mask, from a sampling_offsets or attention_weights
+    tensor."""
     per_point = tensor.shape[0] // (num_heads * 5 * points)  # 2 for offsets, 1 for weights
     parts = tensor.view(num_heads, 5, points * per_point, *tensor.shape[1:])
     return parts[:, :4].flatten(0, 2)
 
 
 def convert(theirs: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
-    """Their state dict -> ours. Raises InputError if a key is not known, or if the six heads they tie are not equal."""
+    """Their state dict -> ours. Raises InputError if a key is not known, or if the six heads they tie are
+    not equal."""
     ours, points = {}, VARIANTS["lite"].points
     for key, tensor in theirs.items():
         if key == QUERY_KEY:
-            ours["queries.position"], ours["queries.content"] = tensor.chunk(2, dim=1)  # (300, 2D), position first
+            # (300, 2D), position first
+            ours["queries.position"], ours["queries.content"] = tensor.chunk(2, dim=1)
             continue
         name = our_name(key)
         if name is None:
@@ -141,18 +157,22 @@ def is_released(checkpoint: dict) -> bool:
 
 
 def load_checkpoint(path: str | PathLike) -> dict:
-    """A checkpoint file's content, on the CPU: tensors and plain containers. Any other pickle is refused, never run.
+    """A checkpoint file's content, on the CPU: tensors and plain containers. Any other pickle is refused,
+    never run.
 
     Raises:
         InputError: if it is absent, broken or more than that.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of torch, about pickles that it is going to refuse
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"checkpoint {path} is missing") from None
     except pickle.UnpicklingError:
-        raise InputError(f"{path} was not unpickled: it is no checkpoint, or holds more than tensors and plain containers "
-                         "and might run anything; give a checkpoint of this project or a plain state dict") from None
+        raise InputError(f"{path} was not unpickled: it is no checkpoint, or holds more than tensors and "
+                         "plain containers and might run anything; give a checkpoint of this project or a "
+                         "plain state dict") from None
     except Exception as e:  # whatever torch's readers raise on bytes that are not theirs
         raise InputError(f"{path} is not a whole checkpoint ({' '.join(str(e).split())[:100]})") from None
     if not isinstance(content, dict):
@@ -162,7 +182,8 @@ def load_checkpoint(path: str | PathLike) -> dict:
 
 def load_released(path_or_state_dict: str | PathLike | dict, num_heads: int | None = None,
                   gn_groups: int = 32) -> Detector:
-    """A detector with the weights of one of the authors' checkpoints, in eval mode, in the dtype of the weights.
+    """A detector with the weights of one of the authors' checkpoints, in eval mode, in the dtype of the
+    weights.
 
     Args:
         path_or_state_dict: the file (never unpickled beyond tensors and plain containers), or its content,
@@ -181,8 +202,9 @@ def load_released(path_or_state_dict: str | PathLike | dict, num_heads: int | No
     try:
         layer = "bbox_head.transformer.encoder1.layers.0."
         queries, dim = state[QUERY_KEY].shape[0], state[QUERY_KEY].shape[1] // 2
-        heads = num_heads or state[layer + "attentions.0.attention_weights.bias"].shape[0] // (4 * VARIANTS["lite"].points)
-        config = Config(dim=dim, mlp_dim=state[layer + "ffns.0.layers.0.0.bias"].shape[0], heads=heads, queries=queries,
+        heads = num_heads or state[layer + "attentions.0.attention_weights.bias"].shape[0] // 16  # 4 x 4
+        config = Config(dim=dim, mlp_dim=state[layer + "ffns.0.layers.0.0.bias"].shape[0], heads=heads,
+                        queries=queries,
                         tokenizer_dim=state["backbone.patch_embed8.proj.bias"].shape[0])
         num_classes = state["bbox_head.cls_branches.0.bias"].shape[0]
     except KeyError as e:

@@ -1,4 +1,5 @@
-"""What several test files need: the folder of reference data, which a user does not have, and small helpers."""
+"""What several test files need: the folder of reference data, which a user does not have, and small
+helpers."""
 import os
 import sys
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""The programs as a user runs them: training on generated and on real pictures, resuming, evaluating, bad input."""
+"""The programs as a user runs them: training on generated and on real pictures, resuming, evaluating, bad
+input."""
 import json
 import os
 import subprocess
@@ -18,7 +19,8 @@ FAST = ["--epochs", "2", "--limit-train", "24", "--limit-val", "6", "--batch-siz
 
 
 def run(folder, *command, code=0, env=None):
-    done = subprocess.run([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], cwd=folder, text=True,
+    done = subprocess.run([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], cwd=folder,
+                          text=True,
                           capture_output=True, env={**os.environ, **(env or {})}, timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -69,17 +71,21 @@ def test_evaluation_writes_the_models_best_boxes_and_their_ap(trained):
     cx, cy, w, h = output["pred_boxes"][0, query].tolist()
     best = max((r for r in results if r["image_id"] == target["image_id"]), key=lambda r: r["score"])
     assert best["category_id"] == label + 1 and best["score"] == pytest.approx(scores.max().item(), abs=1e-4)
-    x0, y0, x1, y1 = (min(max(v, 0), 64) for v in (64 * (cx - w / 2), 64 * (cy - h / 2), 64 * (cx + w / 2), 64 * (cy + h / 2)))
+    x0, y0, x1, y1 = (min(max(v, 0), 64) for v in (64 * (cx - w / 2), 64 * (cy - h / 2), 64 * (cx + w / 2),
+                                                   64 * (cy + h / 2)))
     assert best["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0], abs=0.02)
 
     truth = detection_set("shapes", "val", limit=6).ground_truth
-    perfect = [{**{k: a[k] for k in ("image_id", "category_id", "bbox")}, "score": 0.9} for a in truth["annotations"]]
+    perfect = [{**{k: a[k] for k in ("image_id", "category_id", "bbox")}, "score": 0.9}
+               for a in truth["annotations"]]
     (trained / "perfect.json").write_text(json.dumps(perfect[:-1]))
     run(trained, "evaluate.py", "perfect.json", "--data", "shapes", "--limit-val", "6")
     assert 0.5 < json.loads((trained / "evaluation" / "metrics.json").read_text())["AP"] < 1
-    for bad in ([{"image_id": 1}], {}, [{**perfect[0], "category_id": 99}], [{**perfect[0], "bbox": [1, 2, -3, 4]}]):
+    for bad in ([{"image_id": 1}], {}, [{**perfect[0], "category_id": 99}],
+                [{**perfect[0], "bbox": [1, 2, -3, 4]}]):
         (trained / "bad.json").write_text(json.dumps(bad))
-        refused(trained, "evaluate.py", "bad.json", "--data", "shapes", "--out", "bad", says="bad.json: entry 0")
+        refused(trained, "evaluate.py", "bad.json", "--data", "shapes", "--out", "bad",
+                says="bad.json: entry 0")
 
 
 def test_pictures_of_any_file(trained):
@@ -89,7 +95,8 @@ def test_pictures_of_any_file(trained):
     run(trained, "evaluate.py", last, "--images", "a.png", "b.jpg", "--out", "pictures", "--threshold", "0")
     assert Image.open(trained / "pictures" / "a-detections.png").size[0] >= 90
     assert (trained / "pictures" / "b-detections.png").exists()
-    refused(trained, "evaluate.py", last, "--images", "a.png", "c.jpg", "--out", "none", says="c.jpg is missing")
+    refused(trained, "evaluate.py", last, "--images", "a.png", "c.jpg", "--out", "none",
+            says="c.jpg is missing")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -98,14 +105,17 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, workers):
     run(tmp_path, "finetune.py", *flags, "--out", "whole")
     # A run cut off after its first epoch: its log and checkpoint are those of epoch 1.
     script = ("import sys, engine, finetune; save = engine.save_checkpoint\n"
-              "def cut(path, content):\n    save(path, content)\n    sys.exit(9) if path.name == 'last.pt' else None\n"
+              "def cut(path, content):\n    save(path, content)\n    sys.exit(9) if path.name == 'last.pt' "
+              "else None\n"
               f"engine.save_checkpoint = cut; sys.path.insert(0, {str(ROOT)!r}); finetune.main()")
     done = subprocess.run([sys.executable, "-c", script, *map(str, flags), "--out", "cut"], cwd=tmp_path,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 9, done.stderr
     with open(tmp_path / "cut" / "log.jsonl", "a") as f:
         f.write('{"epoch": 2, "st')  # and the kill came in the middle of a line
-    refused(tmp_path, "finetune.py", *flags, "--out", "cut", "--resume", "--lr", "0.5", says="--lr 0.001 (now 0.5)")
+    refused(tmp_path, "finetune.py", *flags, "--out", "cut", "--resume", "--lr", "0.5",
+            says="--lr 0.001 (now 0.5)")
     run(tmp_path, "finetune.py", *flags, "--out", "cut", "--resume")
     whole, cut = (engine.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "cut"))
     assert whole["step"] == cut["step"] == 6
@@ -113,13 +123,17 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, workers):
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
-    flags = [*FAST[2:], "--epochs", "2", "--batch-size", "10", "--device", "cpu"]  # the last batch has 4 images
+    # the last batch has 4 images
+    flags = [*FAST[2:], "--epochs", "2", "--batch-size", "10", "--device", "cpu"]
     run(tmp_path, "finetune.py", *flags, "--out", "one")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29517",
-                           str(ROOT / "finetune.py"), *flags, "--out", "two", "--micro-batch", "2"], cwd=tmp_path, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                           "--master-port=29517",
+                           str(ROOT / "finetune.py"), *flags, "--out", "two", "--micro-batch", "2"],
+                          cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
     assert done.returncode == 0, done.stderr
-    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()]
+            for n in ("one", "two")]
     assert len(logs[0]) == len(logs[1]) == 4  # a line of losses and one of scores per epoch
     for one, two in zip(*logs):
         for key in [k for k in one if k.startswith(("loss", "AP"))]:
@@ -127,12 +141,13 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
 
 
 def test_real_pictures_with_gapped_categories(shared, tmp_path):
-    run(tmp_path, "finetune.py", "--data", shared("data/coco_mini"), "--epochs", "1", "--limit-train", "4", "--limit-val",
+    run(tmp_path, "finetune.py", "--data", shared("data/coco_mini"), "--epochs", "1", "--limit-train", "4",
+        "--limit-val",
         "2", "--batch-size", "4", "--micro-batch", "2", "--image-size", "128", "--workers", "2")
     assert (tmp_path / "runs" / "finetune-tiny-coco_mini" / "detections.png").exists()
 
 
-# -------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------- bad input
 
 def test_a_finished_run_is_not_overwritten(trained):
     refused(trained, "finetune.py", *FAST, says="already holds a run")
@@ -168,7 +183,8 @@ def test_a_broken_image_stops_a_run_before_its_first_step(tmp_path):
 
 def test_checkpoints_that_do_not_fit(trained):
     last = trained / "runs" / "finetune-tiny-shapes" / "last.pt"
-    refused(trained, "finetune.py", "--out", "x", "--variant", "lite", "--pretrained", last, says="variant tiny")
+    refused(trained, "finetune.py", "--out", "x", "--variant", "lite", "--pretrained", last,
+            says="variant tiny")
     engine.save_checkpoint(trained / "three.pt", engine.describe(
         Detector(VARIANTS["tiny"], 3), Namespace(layout="paper"), list("abc"), "finetune"))
     refused(trained, "evaluate.py", "three.pt", "--data", "shapes", says="3 classes")

@@ -21,7 +21,8 @@ def two_coloured(size=(64, 48)):
     return Image.fromarray(pixels)
 
 
-@pytest.mark.parametrize("mode, name", [("RGB", "a.png"), ("RGBA", "a.png"), ("P", "a.png"), ("CMYK", "a.jpg"),
+@pytest.mark.parametrize("mode, name", [("RGB", "a.png"), ("RGBA", "a.png"), ("P", "a.png"),
+                                        ("CMYK", "a.jpg"),
                                         ("RGB", "a.jpg"), ("CMYK", "a.tif")])
 def test_any_mode_reads_as_the_same_colours(tmp_path, mode, name):
     image = two_coloured().quantize(4) if mode == "P" else two_coloured().convert(mode)
@@ -38,7 +39,8 @@ def test_grey_pictures_of_8_and_16_bits(tmp_path):
         assert np.array_equal(np.asarray(read_image(tmp_path / name)), np.full((4, 5, 3), 77))
 
 
-@pytest.mark.parametrize("orientation, place_of_red", [(1, (32, 5)), (3, (32, 58)), (6, (5, 24)), (8, (58, 24))])
+@pytest.mark.parametrize("orientation, place_of_red", [(1, (32, 5)), (3, (32, 58)), (6, (5, 24)),
+                                                       (8, (58, 24))])
 def test_exif_rotation_is_applied(tmp_path, orientation, place_of_red):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -69,7 +71,7 @@ def test_truncated_images_are_refused(tmp_path, suffix):
         read_image(tmp_path / f"a.{suffix}")
 
 
-# ------------------------------------------------------------------------------------------------------------ transforms
+# ------------------------------------------------------------------------------------------------ transforms
 
 def boxes_of_marks(image):
     """The tight box of everything reddish, an independent reading of where a box should be."""
@@ -86,7 +88,8 @@ def marked():
 
 
 def test_boxes_follow_the_picture_through_every_transform(marked):
-    for sample in (flip(*marked), resize(*marked, 60, 1000), resize(*marked, 300, 1000), crop(*marked, 50, 10, 100, 60)):
+    for sample in (flip(*marked), resize(*marked, 60, 1000), resize(*marked, 300, 1000),
+                   crop(*marked, 50, 10, 100, 60)):
         assert np.abs(sample[1][0] - boxes_of_marks(sample[0])).max() <= 1
     for seed in range(40):
         for augment in ("paper", "flip", "none"):
@@ -96,7 +99,8 @@ def test_boxes_follow_the_picture_through_every_transform(marked):
                 assert np.abs(boxes[0] - boxes_of_marks(image)).max() <= 2
 
 
-@pytest.mark.parametrize("size, expected", [((640, 480), (1067, 800)), ((480, 640), (800, 1067)), ((2000, 500), (1333, 333)),
+@pytest.mark.parametrize("size, expected", [((640, 480), (1067, 800)), ((480, 640), (800, 1067)),
+                                            ((2000, 500), (1333, 333)),
                                             ((500, 500), (800, 800))])
 def test_test_size_is_800_by_at_most_1333(size, expected):
     image, boxes, _ = Transform(800)(Image.new("RGB", size), np.array([[0.0, 0, *size]]), np.array([0]),
@@ -109,7 +113,8 @@ def test_training_sizes_are_deformable_detrs():
     shorts, crops = set(), 0
     image = Image.new("RGB", (640, 480))
     for seed in range(160):
-        w, h = Transform(800, "paper")(image, np.zeros((0, 4)), np.zeros(0, int), np.random.default_rng(seed))[0].size
+        w, h = Transform(800, "paper")(image, np.zeros((0, 4)), np.zeros(0, int),
+                                       np.random.default_rng(seed))[0].size
         assert max(w, h) <= 1333
         if abs(w / h - 4 / 3) < 0.01:
             shorts.add(h)
@@ -141,7 +146,7 @@ def test_pixels_are_normalised():
     assert np.allclose(pixels, [(v - m) / s for v, m, s in zip((124, 0, 255), MEAN, STD)], atol=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------------- COCO format
+# ----------------------------------------------------------------------------------------------- COCO format
 
 @pytest.fixture
 def folder(tmp_path):
@@ -151,10 +156,12 @@ def folder(tmp_path):
         for name in ("a.jpg", "b.jpg"):
             two_coloured().save(tmp_path / split / name)
     (tmp_path / "annotations").mkdir()
-    content = {"images": [{"id": i, "file_name": n, "width": 64, "height": 48} for i, n in ((7, "a.jpg"), (9, "b.jpg"))],
+    content = {"images": [{"id": i, "file_name": n, "width": 64, "height": 48} for i,
+                          n in ((7, "a.jpg"), (9, "b.jpg"))],
                "categories": [{"id": 90, "name": "kite"}, {"id": 3, "name": "car"}],
                "annotations": [{"id": 1, "image_id": 7, "category_id": 90, "bbox": [60, 40, 20, 20]},
-                               {"id": 2, "image_id": 7, "category_id": 3, "bbox": [1, 2, 3, 4], "iscrowd": 1},
+                               {"id": 2, "image_id": 7, "category_id": 3, "bbox": [1, 2, 3, 4],
+                                "iscrowd": 1},
                                {"id": 3, "image_id": 7, "category_id": 3, "bbox": [5, 6, 0, 4]}]}
 
     def write(edit=lambda c: None, text=None):
@@ -171,7 +178,8 @@ def test_coco_format_is_read_as_coco_means_it(folder):
     first, second = dataset.records
     assert first.boxes.tolist() == [[60, 40, 64, 48]]  # clipped; the crowd and the empty box are dropped
     assert first.labels.tolist() == [1] and len(second.boxes) == 0  # an image without boxes stays
-    assert [a["iscrowd"] for a in dataset.ground_truth["annotations"]] == [0, 1, 0]  # the metric still sees the crowd
+    # the metric still sees the crowd
+    assert [a["iscrowd"] for a in dataset.ground_truth["annotations"]] == [0, 1, 0]
     image, target = dataset[0]
     assert image.shape == (3, 48, 64) and target["image_id"] == 7
     assert torch.allclose(target["boxes"], torch.tensor([[62 / 64, 44 / 48, 4 / 64, 8 / 48]]))
@@ -237,7 +245,7 @@ def test_real_coco_images_and_their_official_annotations(shared):
     dataset.check_images()
 
 
-# ---------------------------------------------------------------------------------------------------------------- shapes
+# ---------------------------------------------------------------------------------------------------- shapes
 
 def test_shapes_are_seeded_and_the_splits_share_no_image():
     def prints(split):
@@ -253,14 +261,15 @@ def test_shapes_boxes_are_tight_and_all_classes_occur():
     assert len(dataset.classes) == 8 and set(labels) == set(range(8))
     counts = {len(r.labels) for r in dataset.records}
     assert {0, 1, 4} <= counts
-    # An object alone in its picture is saturated on a dull ground: its colours show where it is. (Not in every picture:
-    # a neighbour of which less than half is visible is not annotated.)
+    # An object alone in its picture is saturated on a dull ground: its colours show where it is. (Not in
+    # every picture: a neighbour of which less than half is visible is not annotated.)
     errors = []
     for r in [r for r in dataset.records if len(r.labels) == 1]:
         pixels = np.asarray(r.image()).astype(int)
         y, x = np.nonzero(pixels.max(-1) - pixels.min(-1) > 100)
         if len(x) > 60:
-            tight = [np.percentile(x, 1), np.percentile(y, 1), np.percentile(x, 99) + 1, np.percentile(y, 99) + 1]
+            tight = [np.percentile(x, 1), np.percentile(y, 1), np.percentile(x, 99) + 1, np.percentile(y, 99)
+                     + 1]
             errors.append(np.abs(r.boxes[0] - tight).max())
     assert len(errors) > 40 and np.mean(np.array(errors) < 3) > 0.8
 
@@ -270,4 +279,5 @@ def test_augmentation_depends_on_seed_epoch_and_index_only():
     first = [dataset[i][0] for i in range(20)]
     assert all(torch.equal(a, dataset[i][0]) for i, a in enumerate(first))
     dataset.epoch = 1
-    assert not all(a.shape == dataset[i][0].shape and torch.equal(a, dataset[i][0]) for i, a in enumerate(first))
+    assert not all(a.shape == dataset[i][0].shape and torch.equal(a, dataset[i][0]) for i,
+                   a in enumerate(first))

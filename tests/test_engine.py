@@ -27,17 +27,20 @@ def test_a_saved_detector_loads_with_the_same_outputs(tmp_path):
 
 def test_pretrained_encoder_is_copied_whole(tmp_path):
     classifier, detector = Classifier(TINY, 2), Detector(TINY, 2)  # as many classes, but not the same ones
-    message = engine.load_pretrained(detector, "paper", save(tmp_path / "c.pt", classifier, stage="pretrain"))
+    message = engine.load_pretrained(detector, "paper", save(tmp_path / "c.pt", classifier,
+                                                             stage="pretrain"))
     for k, v in classifier.encoder.state_dict().items():
         assert torch.equal(detector.encoder.state_dict()[k], v)
     assert message.endswith("c.pt: encoder; starting fresh: queries, adaptor, class_head, box_head")
-    assert detector.class_head.bias.eq(detector.class_head.bias[0]).all()  # still the 1 % prior of a fresh head
+    # still the 1 % prior of a fresh head
+    assert detector.class_head.bias.eq(detector.class_head.bias[0]).all()
 
 
 def test_a_detector_of_other_classes_gives_all_but_its_class_head(tmp_path):
     old, new = Detector(TINY, 7), Detector(TINY, 2)
     message = engine.load_pretrained(new, "paper", save(tmp_path / "d.pt", old, classes="abcdefg"))
-    assert torch.equal(new.queries.content, old.queries.content) and torch.equal(new.box_head[0].weight, old.box_head[0].weight)
+    assert torch.equal(new.queries.content, old.queries.content)
+    assert torch.equal(new.box_head[0].weight, old.box_head[0].weight)
     assert message.endswith("starting fresh: class_head")
 
 
@@ -97,8 +100,8 @@ def test_batches_cover_an_epoch_once_whatever_the_number_of_processes(monkeypatc
 
 @pytest.mark.parametrize("variant", ["lite", "small", "base"])
 def test_released_checkpoints_of_all_variants_load_and_detect(shared, variant):
-    """Random weights under their names and shapes: the real files are a download. Lite's list is the authors' own; the
-    other two follow from it by the sizes of Table 1."""
+    """Random weights under their names and shapes: the real files are a download. Lite's list is the
+    authors' own; the other two follow from it by the sizes of Table 1."""
     config = VARIANTS[variant]
     sizes = {256: config.dim, 192: config.tokenizer_dim, 1024: config.mlp_dim, 320: config.heads * 40,
              160: config.heads * 20, 128: config.heads * 16, 768: 3 * config.dim, 512: 2 * config.dim}

@@ -26,19 +26,25 @@ def test_published_numbers(shared, case, source):
 
 def test_files_and_contents_are_the_same_to_the_metric(shared):
     folder = shared("data/coco_eval")
-    truth, found = folder / "instances_val2014_100.json", folder / "instances_val2014_fakebbox100_results.json"
-    assert coco_metrics(truth, found) == coco_metrics(json.loads(truth.read_text()), json.loads(found.read_text()))
+    truth = folder / "instances_val2014_100.json"
+    found = folder / "instances_val2014_fakebbox100_results.json"
+    assert coco_metrics(truth, found) == coco_metrics(json.loads(truth.read_text()),
+                                                      json.loads(found.read_text()))
 
 
 TRUTH = {"images": [{"id": 1, "width": 600, "height": 400}], "categories": [{"id": 5, "name": "x"}],
-         "annotations": [{"id": 1, "image_id": 1, "category_id": 5, "bbox": [214, 41, 348, 244], "area": 348 * 244,
+         "annotations": [{"id": 1, "image_id": 1, "category_id": 5, "bbox": [214, 41, 348, 244], "area": 348
+                          * 244,
                           "iscrowd": 0}]}
 
 
 def test_one_box_computed_by_hand():
-    """IoU 0.78: right up to the threshold 0.75, so 6 of 10 (TorchMetrics' docstring has the same example)."""
-    got = coco_metrics(TRUTH, [{"image_id": 1, "category_id": 5, "bbox": [258, 41, 348, 244], "score": 0.536}])
-    assert {k: round(v, 6) for k, v in got.items()} == {"AP": 0.6, "AP50": 1, "AP75": 1, "APs": -1, "APm": -1, "APl": 0.6}
+    """IoU 0.78: right up to the threshold 0.75, so 6 of 10 (TorchMetrics' docstring has the same
+    example)."""
+    got = coco_metrics(TRUTH, [{"image_id": 1, "category_id": 5, "bbox": [258, 41, 348, 244],
+                                "score": 0.536}])
+    assert {k: round(v, 6) for k, v in got.items()} == {"AP": 0.6, "AP50": 1, "AP75": 1, "APs": -1, "APm":
+                                                        -1, "APl": 0.6}
 
 
 def test_nothing_detected_scores_zero_and_foreign_images_are_refused():
@@ -54,13 +60,15 @@ def test_best_boxes_are_the_best_of_query_times_class():
     found = best_boxes({"pred_logits": logits, "pred_boxes": boxes}, [(200, 100)], top=3)[0]
     assert found["labels"].tolist() == [0, 1, 3]
     assert found["scores"].tolist() == pytest.approx([1 / (1 + np.exp(-x)) for x in (3, 2, 1)])
-    # cxcywh in parts of 200 x 100 pixels -> corners; the second reaches beyond the right border and is clipped
+    # cxcywh in parts of 200 x 100 pixels -> corners; the second reaches beyond the right border and is
+    # clipped
     expected = [[80, 30, 120, 70], [140, 0, 200, 100], [140, 0, 200, 100]]
     torch.testing.assert_close(found["boxes"], torch.tensor(expected, dtype=torch.float32))
 
 
 def test_golden_detections(shared):
-    """Through the whole way to pixels, against the authors' post-processing (scores, labels, rescaled boxes)."""
+    """Through the whole way to pixels, against the authors' post-processing (scores, labels, rescaled
+    boxes)."""
     z = np.load(shared("goldens/golden_detector_a.npz"))
     outputs = {"pred_logits": torch.from_numpy(z["out/cls_logits"][-1]),
                "pred_boxes": torch.from_numpy(z["out/boxes_cxcywh"][-1])}
@@ -83,7 +91,8 @@ def test_pictures_show_boxes_above_the_threshold():
 
 
 def test_table_is_in_percent_with_a_dash_for_what_does_not_occur():
-    lines = table({"ours": [12.34, 50, 0, -100, 1, 2], "paper": (37.2, 56.5, 40.4, 21.7, 40.0, 48.6)}).splitlines()
+    lines = table({
+        "ours": [12.34, 50, 0, -100, 1, 2], "paper": (37.2, 56.5, 40.4, 21.7, 40.0, 48.6)}).splitlines()
     assert lines[0].split() == list(METRICS)
     assert lines[1].split() == ["ours", "12.3", "50.0", "0.0", "-", "1.0", "2.0"]
     assert lines[2].split() == ["paper", "37.2", "56.5", "40.4", "21.7", "40.0", "48.6"]

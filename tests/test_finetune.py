@@ -1,4 +1,5 @@
-"""Matching and losses against values computed by the authors' own code in float64, and against brute force."""
+"""Matching and losses against values computed by the authors' own code in float64, and against brute
+force."""
 import itertools
 
 import numpy as np
@@ -24,7 +25,8 @@ def targets_of(golden, empty=False):
         if empty:
             boxes, labels = boxes[:0], labels[:0]
         x0, y0, x1, y1 = (boxes / torch.tensor([w, h, w, h])).unbind(1)
-        targets.append({"labels": labels, "boxes": torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], 1)})
+        targets.append({"labels": labels, "boxes": torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1
+                                                                - y0], 1)})
     return targets
 
 
@@ -65,7 +67,8 @@ def test_match_is_the_cheapest_of_all_assignments():
     def cost(q, t):
         p = logits[0, q, labels[t]].sigmoid().item()
         focal = 0.25 * (1 - p) ** 2 * -np.log(p) - 0.75 * p ** 2 * -np.log(1 - p)
-        return 2 * focal + 5 * (boxes[0, q] - true[t]).abs().sum().item() - 2 * box_giou(boxes[0, q], true[t])
+        distance = (boxes[0, q] - true[t]).abs().sum().item()
+        return 2 * focal + 5 * distance - 2 * box_giou(boxes[0, q], true[t])
     best = min(itertools.permutations(range(4), 3), key=lambda p: sum(cost(q, t) for t, q in enumerate(p)))
     query, target = match(logits, boxes, [{"labels": labels, "boxes": true}])[0]
     assert {(q, t) for t, q in enumerate(best)} == set(zip(query.tolist(), target.tolist()))
@@ -87,7 +90,8 @@ def test_not_a_number_does_not_stop_the_matching():
 def test_micro_batches_give_the_gradient_of_the_whole_batch():
     torch.manual_seed(0)
     logits, boxes = torch.randn(4, 6, 3, requires_grad=True), torch.rand(4, 6, 4).requires_grad_()
-    targets = [{"labels": torch.zeros(n, dtype=torch.int64), "boxes": torch.rand(n, 4)} for n in (3, 0, 1, 5)]
+    targets = [{"labels": torch.zeros(n, dtype=torch.int64), "boxes": torch.rand(n, 4)}
+               for n in (3, 0, 1, 5)]
 
     def grad(size):
         total = 0
@@ -101,8 +105,9 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
 
 
 def test_learning_rates_follow_the_released_code(monkeypatch):
-    """The authors' Lite: at a tenth of the rate are the tokenizer's convolutions and norms, the offsets' and the
-    reference points' projections: 1,223,362 parameters, of which 98,688 of the masked fifth level do not exist here."""
+    """The authors' Lite: at a tenth of the rate are the tokenizer's convolutions and norms, the offsets' and
+    the reference points' projections: 1,223,362 parameters, of which 98,688 of the masked fifth level do not
+    exist here."""
     monkeypatch.setattr("sys.argv", ["finetune.py", "--variant", "lite", "--data", "coco"])
     args = parse()
     assert (args.lr, args.epochs, args.lr_drop, args.batch_size, args.clip) == (1e-4, 50, 40, 32, 0.1)

@@ -1,4 +1,5 @@
-"""The model's structure: what depends on what, what passes between the stages, how many parameters there are."""
+"""The model's structure: what depends on what, what passes between the stages, how many parameters there
+are."""
 import pytest
 import torch
 from dataclasses import replace
@@ -34,14 +35,15 @@ def test_table_6_tokenizer_sizes_and_parameters():
     ("small", 22_568_490 - 221_760, 23_337_110 - 221_760 - 5 * 2 * 384),
     ("base", 33_900_090 - 346_320, 35_137_574 - 346_320 - 5 * 2 * 480)])
 def test_parameter_counts_of_the_paper_layout(variant, classify, detect):
-    """The authors' modules with Table 6's tokenizer, less the masked fifth level and, in the detector, less five of the
-    six LayerNorms after the adaptor."""
+    """The authors' modules with Table 6's tokenizer, less the masked fifth level and, in the detector, less
+    five of the six LayerNorms after the adaptor."""
     config = VARIANTS[variant]
     assert parameters(Classifier(config, 1000)) == classify
     assert parameters(Detector(config, 80)) == detect
 
 
-@pytest.mark.parametrize("variant, official, masked", [("lite", 10_731_478, 148_032), ("small", 23_929_622, 221_760),
+@pytest.mark.parametrize("variant, official, masked", [("lite", 10_731_478, 148_032),
+                                                       ("small", 23_929_622, 221_760),
                                                        ("base", 36_025_382, None)])
 def test_parameter_counts_of_the_released_layout(variant, official, masked):
     config = VARIANTS[variant]
@@ -64,7 +66,8 @@ def test_encoder_passes_from_classifier_to_detector(layout):
 def test_outputs_have_the_documented_shapes(detector):
     out = detector(torch.randn(2, 3, 70, 130))
     assert out["pred_logits"].shape == (2, 50, 5) and out["pred_boxes"].shape == (2, 50, 4)
-    assert len(out["aux_outputs"]) == 5 and all(o.keys() == {"pred_logits", "pred_boxes"} for o in out["aux_outputs"])
+    assert len(out["aux_outputs"]) == 5 and all(o.keys() == {"pred_logits", "pred_boxes"}
+                                                for o in out["aux_outputs"])
     assert 0 <= out["pred_boxes"].min() and out["pred_boxes"].max() <= 1
 
 
@@ -123,7 +126,8 @@ def test_boxes_start_at_the_reference_points():
     torch.testing.assert_close(boxes[..., 2:], torch.full_like(boxes[..., 2:], 0.1192029), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("change", [dict(heads=7), dict(entry_layer=0), dict(entry_layer=13), dict(queries=0),
+@pytest.mark.parametrize("change", [dict(heads=7), dict(entry_layer=0), dict(entry_layer=13),
+                                    dict(queries=0),
                                     dict(adaptor="lstm")])
 def test_impossible_sizes_are_refused(change):
     with pytest.raises(InputError):
@@ -131,7 +135,8 @@ def test_impossible_sizes_are_refused(change):
 
 
 def test_variants_are_those_of_table_1():
-    rows = {n: (c.layers, c.dim, c.mlp_dim, c.heads, c.tokenizer_dim, c.queries) for n, c in VARIANTS.items()}
+    rows = {n: (c.layers, c.dim, c.mlp_dim, c.heads, c.tokenizer_dim, c.queries) for n,
+            c in VARIANTS.items()}
     assert rows["lite"] == (12, 256, 1024, 8, 192, 300)
     assert rows["small"] == (12, 384, 1536, 8, 384, 300)
     assert rows["base"] == (12, 480, 1920, 10, 384, 300)

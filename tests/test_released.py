@@ -13,7 +13,8 @@ LEVELS = range(4)
 def golden(shared):
     z = np.load(shared("goldens/golden_detector_a.npz"))
     weights = {k[2:]: torch.from_numpy(z[k]) for k in z.files if k.startswith("w/")}
-    return {k: torch.from_numpy(z[k]) for k in z.files if not k.startswith("w/") and k != "cfg_json"}, weights
+    return {k: torch.from_numpy(z[k]) for k in z.files if not k.startswith("w/")
+            and k != "cfg_json"}, weights
 
 
 def padding_of(golden):
@@ -32,10 +33,12 @@ def test_every_activation_matches_the_authors_code(golden):
     for i, layer in enumerate(detector.encoder.layers):
         layer.register_forward_hook(lambda m, x, y, i=i: seen.__setitem__(f"layer{i}", y))
     for i, norm in enumerate(detector.encoder.tokenizer.out_norms):
-        norm.register_forward_hook(lambda m, x, y, i=i: seen.__setitem__(f"tokenizer_lvl{i}", y.permute(0, 3, 1, 2)))
+        norm.register_forward_hook(
+            lambda m, x, y, i=i: seen.__setitem__(f"tokenizer_lvl{i}", y.permute(0, 3, 1, 2)))
     for i, norm in enumerate(detector.encoder.tokenizer.group_norms):
         norm.register_forward_hook(lambda m, x, y, i=i: seen.__setitem__(f"neck_lvl{i}", y))
-    detector.adaptor.norms[0].register_forward_pre_hook(lambda m, x: seen.__setitem__("adapted", seen.get("adapted", x[0])))
+    detector.adaptor.norms[0].register_forward_pre_hook(
+        lambda m, x: seen.__setitem__("adapted", seen.get("adapted", x[0])))
     mask = padding_of(golden)
     outputs = detector(golden["image"], mask)
     levels = [*outputs["aux_outputs"], outputs]
@@ -60,6 +63,8 @@ def test_every_activation_matches_the_authors_code(golden):
     assert image.shapes == [tuple(s) for s in golden["inter/spatial_shapes"].tolist()[:4]]
     torch.testing.assert_close(image.valid_ratios, golden["inter/valid_ratios"][:, :4], rtol=0, atol=1e-9)
     n = image.content.shape[1]
-    torch.testing.assert_close(image.references, golden["inter/reference_points"][:, :n, :4], rtol=0, atol=1e-9)
-    torch.testing.assert_close(image.positions, golden["inter/pos_with_level_and_query"][:, :n], rtol=0, atol=1e-9)
+    torch.testing.assert_close(image.references, golden["inter/reference_points"][:, :n, :4], rtol=0,
+                               atol=1e-9)
+    torch.testing.assert_close(image.positions, golden["inter/pos_with_level_and_query"][:, :n], rtol=0,
+                               atol=1e-9)
     assert torch.equal(image.padding, golden["inter/query_key_padding_mask"][:, :n])
