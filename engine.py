@@ -34,9 +34,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=positive, default=50, help="passes over the training set (4.1)")
     parser.add_argument("--batch-size", type=positive, default=32,
                         help="images per step, over all GPUs (4.1)")
-    parser.add_argument("--micro-batch", type=positive,
+    parser.add_argument("--micro-batch", type=positive, default=2,
                         help="images that one GPU holds at once; the batch is accumulated from as many as "
-                             "needed (default: all of its share)")
+                             "needed. The gradient is the same; larger is faster and needs more memory")
     parser.add_argument("--lr", type=rate, default=1e-4, help="initial learning rate (4.1)")
     parser.add_argument("--weight-decay", type=rate, default=1e-4,
                         help="AdamW's, on all parameters (released code)")

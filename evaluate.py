@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
@@ -140,7 +140,7 @@ def draw(image: Image.Image, found: dict[str, Tensor], classes: list[str],
     scale = max(1, round(400 / max(image.size)))  # small pictures are enlarged, so that the text can be read
     picture = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     pen, line = ImageDraw.Draw(picture), max(2, max(picture.size) // 300)
-    font = ImageFont.load_default(max(11, max(picture.size) // 45))
+    font = ImageFont.load_default(max(11, max(picture.size) // 30))
     rows = zip(*(found[k].tolist() for k in ("scores", "labels", "boxes")))
     for score, label, box in reversed(list(rows)):  # the best is drawn last, on top
         if score < threshold:
@@ -155,11 +155,12 @@ def draw(image: Image.Image, found: dict[str, Tensor], classes: list[str],
 
 
 def grid(pictures: list[Image.Image], columns: int = 4, cell: int = 400) -> Image.Image:
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (min(columns, len(pictures)) * cell, rows * cell), "white")
+    """One sheet of pictures, each shrunk to at most `cell` pixels a side."""
+    pictures = [ImageOps.contain(p, (cell - 8, cell - 8)) for p in pictures]
+    columns, height = min(columns, len(pictures)), max(p.height for p in pictures) + 8
+    sheet = Image.new("RGB", (columns * cell, -(-len(pictures) // columns) * height), "white")
     for i, picture in enumerate(pictures):
-        picture.thumbnail((cell - 8, cell - 8))
-        sheet.paste(picture, (i % columns * cell + 4, i // columns * cell + 4))
+        sheet.paste(picture, (i % columns * cell + 4, i // columns * height + 4))
     return sheet
 
 

@@ -87,7 +87,7 @@ def test_pictures_show_boxes_above_the_threshold():
     changed = np.any(np.asarray(draw(before, found, ["cat", "dog"])) != np.asarray(before), -1)
     assert changed[100, 150:300].all() and changed[100:250, 300].all()  # the outline
     assert not changed[280:, 380:].any()  # nothing where the score is low
-    assert grid([before.copy()] * 5).size == (1600, 800)
+    assert grid([before.copy()] * 5).size == (1600, 2 * (245 + 8))  # 640 x 400 shrinks to 392 x 245
 
 
 def test_table_is_in_percent_with_a_dash_for_what_does_not_occur():
