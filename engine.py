@@ -374,7 +374,8 @@ class Run:
     def __init__(self, args: argparse.Namespace, stage: str):
         data = args.data if args.data in ("shapes", "coco") else Path(args.data).resolve().name
         self.folder = args.out or Path("runs") / f"{stage}-{args.variant}-{data}"
-        self.last, self.started = self.folder / "last.pt", time.time()
+        self.last = self.folder / "last.pt"
+        self.started = self.saved = time.time()
         if (self.folder / "args.json").exists() and not (args.resume or args.overwrite):
             raise InputError(f"{self.folder} already holds a run: --resume goes on with it, --overwrite "
                              f"replaces it, "
@@ -395,6 +396,14 @@ class Run:
             (self.folder / "args.json").write_text(json.dumps(vars(args), indent=1, default=str))
         except OSError as e:
             raise InputError(f"cannot write into {self.folder}: {e.strerror}") from None
+
+    def save(self, content: dict) -> None:
+        """Writes last.pt, from which --resume goes on."""
+        save_checkpoint(self.last, content)
+        self.saved = time.time()
+
+    def seconds_since_save(self) -> float:
+        return time.time() - self.saved
 
     def minutes(self) -> str:
         return f"after {(time.time() - self.started) / 60:.1f} minutes"

@@ -287,7 +287,8 @@ def main() -> None:
         sampler.epoch = train.epoch = epoch
         step = train_epoch(model, optimizer, loader, epoch, args, device, run, bar)
         checkpoint = engine.describe(model, args, train.classes, "finetune")
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+        metrics_are_new = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
+        if metrics_are_new:
             metrics = evaluate_epoch(model, val, args, device, run)
             run.log(epoch=epoch + 1, step=step, **metrics)
             run.curves(("AP", "AP50"))
@@ -297,9 +298,9 @@ def main() -> None:
             if metrics["AP"] > best:
                 best = metrics["AP"]
                 engine.save_checkpoint(run.folder / "best.pt", checkpoint)
-        engine.save_checkpoint(run.last, {**checkpoint, "optimizer": optimizer.state_dict(), "epoch": epoch
-                                          + 1,
-                                          "step": step, "best": best, "metrics": metrics})
+        if metrics_are_new or run.seconds_since_save() > 60:  # epochs of a tiny set may last less than a save
+            run.save({**checkpoint, "optimizer": optimizer.state_dict(), "epoch": epoch + 1, "step": step,
+                      "best": best, "metrics": metrics})
     bar.close()
     if not engine.rank():
         print(f"{val.name}, {len(val)} images, AP in percent, {run.minutes()}\n"
