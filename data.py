@@ -382,7 +382,7 @@ def background(rng: np.random.Generator, pixels: int) -> np.ndarray:
         ground += noise
     clutter = Image.fromarray(ground.clip(0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(clutter)
-    for _ in range(rng.integers(3, 9)):
+    for _ in range(rng.integers(2, 7)):
         grey = rng.uniform(30, 220) + rng.normal(0, 8, 3)
         x, y, dx, dy = rng.uniform((0, 0, -20, -20), (pixels, pixels, 20, 20))
         draw.line((x, y, x + dx, y + dy), fill=tuple(int(v) for v in grey.clip(0, 255)),
@@ -401,8 +401,8 @@ def shape_scene(rng: np.random.Generator, pixels: int = SHAPE_PIXELS):
         centre = rng.uniform(radius * 0.7, pixels - radius * 0.7, 2)
         mask = shape_mask(names[label], centre, radius, rng.uniform(-0.4, 0.4),
                           np.exp(rng.uniform(-0.15, 0.15)), pixels)
-        hue = (label / len(names) + rng.normal(0, 0.04)) if rng.random() < 0.8 else rng.random()
-        colour = 255 * hsv(hue, rng.uniform(0.55, 1), rng.uniform(0.6, 1))
+        hue = (label / len(names) + rng.normal(0, 0.02)) if rng.random() < 0.97 else rng.random()
+        colour = 255 * hsv(hue, rng.uniform(0.7, 1), rng.uniform(0.7, 1))
         canvas = canvas + mask[..., None] * (colour + rng.normal(0, 9, canvas.shape) - canvas)
         owner[mask > 0.5] = i
         labels.append(label)

@@ -128,7 +128,7 @@ def detection_loss(outputs: dict, targets: list[dict],
 # What the embedded data change in the paper's recipe: a small model, from scratch, in minutes.
 SHAPES_RECIPE = dict(epochs=14, batch_size=16, micro_batch=16, lr=1e-3, schedule="one-cycle", image_size=64,
                      augment="flip", dropout=0.0, backbone_lr=1.0, sampling_lr=1.0, queries=25, workers=0,
-                     eval_every=2)
+                     eval_every=7)
 
 
 def parse() -> argparse.Namespace:
