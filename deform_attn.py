@@ -5,32 +5,33 @@ Every token looks at a few points around its reference point, on every level of 
 of at all tokens. This file holds the operator and the module around it; it knows nothing of images, queries
 or detection.
 
-    ms_deform_attn            the operator, dispatching to the fastest path that can serve its inputs
-    ms_deform_attn_reference  the same in grid_sample: slow, short, and the truth that other paths are tested
-    against
+    ms_deform_attn            the operator: a compiled kernel where one can run, else the reference
+    ms_deform_attn_reference  the same in grid_sample: slow, short, and the truth for tests of the kernel
     MSDeformAttn              the module: the four projections around the operator (FP-DETR 3.2 and 4.1)
+
+The kernel is deform_attn_kernel.cu, compiled at first use by deform_attn_jit.py. The environment variable
+FPDETR_DEFORM_ATTN=reference, cpu or cuda forces a path.
+
+    python deform_attn.py --benchmark    times all of them on this machine
 """
-import ctypes
-import functools
-import hashlib
+import argparse
 import math
-import os
 import platform
-import shutil
-import subprocess
-import tempfile
+import statistics
+import time
 import warnings
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deform_attn_jit import Family, arch_of, compile_kernel, kernel_serves, launch, load
+
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """`x`, or its float32 copy if its dtype is a 16-bit one. Geometry (offsets, locations, boxes) is
-    computed like this: bfloat16 has 8 bits of mantissa, which on a map of 168 columns would misplace a
-    sample by a third of a pixel."""
+    """`x`, or its float32 copy if its dtype is a 16-bit one. Geometry (locations, boxes) is computed like
+    this: bfloat16 has 8 bits of mantissa, which on a map of 168 columns would misplace a sample by a third
+    of a pixel."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -44,7 +45,12 @@ def ms_deform_attn(value: Tensor, spatial_shapes: list[tuple[int, int]], referen
         output = sum_lp softmax_lp(logits) * bilinear(value_l, reference + offset / (W_l, H_l))
 
     where bilinear() follows align_corners=False (a pixel is a unit square, its centre at +0.5) and is zero
-    outside the map.
+    outside the map. Dtypes may be mixed; whatever they are, softmax, locations and sums are computed in
+    float32 or wider.
+
+    On GPUs the gradient of `value` is summed by atomics, and so differs in the last bits from run to run;
+    under `torch.use_deterministic_algorithms(True)` it is an error, as for torch's own such operators.
+    Everything else, and everything on CPUs, is the same in every run.
 
     Args:
         value: (B, S, M, C) floating point; levels one after another, each row by row.
@@ -55,21 +61,27 @@ def ms_deform_attn(value: Tensor, spatial_shapes: list[tuple[int, int]], referen
         attention_logits: (B, Q, M, L, P), before the softmax over all L * P samples.
     Returns:
         (B, Q, M * C) in the dtype of `value`, heads concatenated.
+    Raises:
+        ValueError: shapes that do not fit together.
+        InputError: FPDETR_DEFORM_ATTN asks for a path that is unknown or cannot run here.
     """
-    # The one place where a faster path takes over; each of them must agree with the reference. (A CUDA
-    # kernel goes here.)
-    B, S, M, _ = value.shape
+    B, S, M, C = value.shape
     Q, L, P = sampling_offsets.shape[1], *sampling_offsets.shape[3:5]
     if S != sum(h * w for h, w in spatial_shapes) or L != len(spatial_shapes):
         raise ValueError(f"value has {S} tokens and the offsets {L} levels, which does not fit the shapes "
                          f"{spatial_shapes}")
-    inputs = (value, reference_points, sampling_offsets, attention_logits)
-    fits = (all(x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() for x in inputs)
-            and reference_points.shape == (B, Q, L, 2) and sampling_offsets.shape == (B, Q, M, L, P, 2)
-            and attention_logits.shape == (B, Q, M, L, P) and L * P <= 256)
-    if fits and compiled():
-        return CompiledAttention.apply(*inputs, spatial_shapes)
-    return ms_deform_attn_reference(inputs[0], spatial_shapes, *inputs[1:])
+    expected = (B, Q, L, 2), (B, Q, M, L, P, 2), (B, Q, M, L, P)
+    if (reference_points.shape, sampling_offsets.shape, attention_logits.shape) != expected:
+        raise ValueError(f"reference points {tuple(reference_points.shape)}, offsets "
+                         f"{tuple(sampling_offsets.shape)} and logits {tuple(attention_logits.shape)} "
+                         f"should be {expected[0]}, {expected[1]} and {expected[2]} for a value "
+                         f"{tuple(value.shape)}")
+    inputs = value, reference_points, sampling_offsets, attention_logits
+    one_device = all(x.device == value.device for x in inputs)
+    if one_device and kernel_serves(value.device, *(x.dtype for x in inputs), S, C, M, L, P):
+        return kernel_forward(*inputs, [n for shape in spatial_shapes for n in shape])
+    return ms_deform_attn_reference(value, spatial_shapes, reference_points, sampling_offsets,
+                                    attention_logits)
 
 
 def ms_deform_attn_reference(value: Tensor, spatial_shapes: list[tuple[int, int]], reference_points: Tensor,
@@ -80,12 +92,12 @@ def ms_deform_attn_reference(value: Tensor, spatial_shapes: list[tuple[int, int]
     # (B, Q, M, L, P)
     weights = at_least_float32(attention_logits).flatten(3).softmax(-1).unflatten(-1, (L, P))
     maps = at_least_float32(value).split([h * w for h, w in spatial_shapes], dim=1)
-    output = 0
+    output = value.new_zeros(B * M, C, Q, dtype=maps[0].dtype)
     for level, (h, w) in enumerate(spatial_shapes):
         maps_l = maps[level].permute(0, 2, 3, 1).reshape(B * M, C, h, w)
-        size = reference_points.new_tensor([w, h])
+        reference = at_least_float32(reference_points)[:, :, None, level, None]
         # (B, Q, M, P, 2)
-        location = reference_points[:, :, None, level, None] + sampling_offsets[:, :, :, level] / size
+        location = reference + sampling_offsets[:, :, :, level] / reference.new_tensor([w, h])
         # (B * M, Q, P, 2), grid_sample counts from -1 to 1
         grid = (2 * location - 1).transpose(1, 2).flatten(0, 1)
         sampled = F.grid_sample(maps_l, grid.to(maps_l.dtype), mode="bilinear", padding_mode="zeros",
@@ -95,76 +107,66 @@ def ms_deform_attn_reference(value: Tensor, spatial_shapes: list[tuple[int, int]
     return output.reshape(B, M * C, Q).transpose(1, 2).to(value.dtype)
 
 
-# ------------------------------------------------------------------------------------- the compiled CPU path
+# ------------------------------------------------------------------------------- the kernel as an operator
 
-@functools.cache
-def compiled() -> ctypes.CDLL | None:
-    """deform_attn_kernel.cu as a shared library, built by the system's C++ compiler at first use (two
-    seconds) and kept in the temporary folder; None, with one warning, where that cannot be.
-    FPDETR_DEFORM_ATTN=reference switches it off."""
-    if os.environ.get("FPDETR_DEFORM_ATTN") == "reference":
-        return None
-    source = Path(__file__).with_name("deform_attn_kernel.cu")
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-    try:
-        folder = Path(tempfile.gettempdir()) / f"fpdetr-{os.getuid()}"
-        if compiler is None:
-            raise OSError("there is no C++ compiler")
-        key = hashlib.sha256(source.read_bytes()
-                             + f"{compiler} {platform.machine()} {platform.node()}".encode())
-        library = folder / f"deform_attn-{key.hexdigest()[:16]}.so"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():  # somebody else's: never load code from it
-            raise OSError(f"{folder} belongs to another user")
-        if not library.exists():
-            temporary = library.with_suffix(f".{os.getpid()}.tmp")  # several processes may build at once
-            flags = ["-x", "c++", "-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-            subprocess.run([compiler, *flags, str(source), "-o", str(temporary)], check=True,
-                           capture_output=True, text=True)
-            temporary.replace(library)
-        return ctypes.CDLL(str(library))
-    # AttributeError: no os.getuid on Windows
-    except (OSError, AttributeError, subprocess.CalledProcessError) as e:
-        reason = getattr(e, "stderr", None) or str(e)
-        warnings.warn(f"deformable attention runs in grid_sample, more slowly: {reason.strip()[:300]}",
-                      stacklevel=2)
-        return None
+@torch.library.custom_op("fpdetr::ms_deform_attn", mutates_args=())
+def kernel_forward(value: Tensor, reference: Tensor, offset: Tensor, logit: Tensor,
+                   shapes: list[int]) -> Tensor:
+    """`ms_deform_attn` by the kernel; shapes are [H_1, W_1, H_2, ...]."""
+    output = value.new_empty(*logit.shape[:2], value.shape[2] * value.shape[3])
+    if output.numel():
+        launch("forward", shapes, value=value, reference=reference, offset=offset, logit=logit,
+               output=output)
+    return output
 
 
-class CompiledAttention(torch.autograd.Function):
-    """`ms_deform_attn` of float32 CPU tensors through the compiled kernel; arguments (value, reference,
-    offsets, logits, spatial_shapes)."""
+@kernel_forward.register_fake
+def _(value, reference, offset, logit, shapes):
+    return value.new_empty(*logit.shape[:2], value.shape[2] * value.shape[3])
 
-    @staticmethod
-    def call(name: str, tensors: list[Tensor], shapes: list[tuple[int, int]],
-             sizes: tuple[int, ...]) -> None:
-        shape = (ctypes.c_longlong * (2 * len(shapes)))(*(n for pair in shapes for n in pair))
-        getattr(compiled(), name)(*(ctypes.c_void_p(t.data_ptr()) for t in tensors), shape,
-                                  *(ctypes.c_longlong(n) for n in sizes))
 
-    @staticmethod
-    def forward(ctx, value, reference, offsets, logits, shapes):
-        B, S, M, C = value.shape
-        Q, L, P = offsets.shape[1], *offsets.shape[3:5]
-        ctx.shapes, ctx.sizes = shapes, (B, S, Q, M, C, L, P)
-        inputs = [x.contiguous() for x in (value, reference, offsets, logits)]
-        ctx.save_for_backward(*inputs)
-        output = value.new_empty(B, Q, M * C)
-        CompiledAttention.call("ms_deform_attn_forward", [*inputs, output], shapes, ctx.sizes)
-        return output
+@torch.library.custom_op("fpdetr::ms_deform_attn_backward", mutates_args=())
+def kernel_backward(grad_output: Tensor, value: Tensor, reference: Tensor, offset: Tensor, logit: Tensor,
+                    shapes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of value, offset and logit."""
+    if value.is_cuda and torch.are_deterministic_algorithms_enabled():
+        message = "the gradient of ms_deform_attn's value has no deterministic implementation on a GPU"
+        if not torch.is_deterministic_algorithms_warn_only_enabled():
+            raise RuntimeError(f"{message}: run on the CPU, or give warn_only=True")
+        warnings.warn(message, stacklevel=2)
+    wide = torch.promote_types(value.dtype, torch.float32)
+    if torch.float64 in (offset.dtype, logit.dtype):
+        wide = torch.float64
+    grad_value = torch.zeros(value.shape, dtype=wide, device=value.device)  # sums of many terms: in 32 bits
+    grad_offset, grad_logit = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (offset, logit))
+    if grad_output.numel():
+        launch("backward", shapes, value=value, reference=reference, offset=offset, logit=logit,
+               grad_output=grad_output, grad_value=grad_value, grad_offset=grad_offset,
+               grad_logit=grad_logit)
+    return grad_value.to(value.dtype), grad_offset, grad_logit
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
-        value, reference, offsets, logits = ctx.saved_tensors
-        grad_output = grad_output.contiguous()
-        grads = [torch.zeros_like(x) for x in (value, offsets, logits)]
-        tensors = [value, reference, offsets, logits, grad_output, *grads]
-        CompiledAttention.call("ms_deform_attn_backward", tensors, ctx.shapes, ctx.sizes)
-        # A reference point moves all of its samples, by (W_l, H_l) pixels per unit.
-        size = reference.new_tensor([[w, h] for h, w in ctx.shapes])
-        grad_reference = grads[1].sum((2, 4)) * size if ctx.needs_input_grad[1] else None  # (B, Q, L, 2)
-        return grads[0], grad_reference, grads[1], grads[2], None
+
+@kernel_backward.register_fake
+def _(grad_output, value, reference, offset, logit, shapes):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (value, offset, logit))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.shapes = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad_output):
+    value, reference, offset, logit = ctx.saved_tensors
+    grad_value, grad_offset, grad_logit = kernel_backward(grad_output, *ctx.saved_tensors, ctx.shapes)
+    grad_reference = None
+    if ctx.needs_input_grad[1]:  # a reference point moves all of its samples, by (W_l, H_l) pixels per unit
+        size = reference.new_tensor([[w, h] for h, w in zip(ctx.shapes[::2], ctx.shapes[1::2])])  # (L, 2)
+        grad_reference = torch.einsum("bqmlpx,lx->bqlx", grad_offset.to(reference.dtype), size)
+    return grad_value, grad_reference, grad_offset, grad_logit, None
+
+
+kernel_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 class MSDeformAttn(nn.Module):
@@ -217,10 +219,171 @@ class MSDeformAttn(nn.Module):
         value = self.value_proj(memory)
         if padding_mask is not None:
             value = value.masked_fill(padding_mask[..., None], 0)  # as if the map ended there
-        with torch.autocast(query.device.type, enabled=False):
-            offsets = F.linear(at_least_float32(query), self.sampling_offsets.weight,
-                               self.sampling_offsets.bias)
-        offsets = offsets.view(B, Q, self.heads, self.levels, self.points, 2)
+        # 16-bit under autocast, like the logits: an offset of 8 pixels is then still right to 1/32 pixel,
+        # since it is added to its reference point in float32.
+        offsets = self.sampling_offsets(query).view(B, Q, self.heads, self.levels, self.points, 2)
         logits = self.attention_weights(query).view(B, Q, self.heads, self.levels, self.points)
         value = value.unflatten(-1, (self.heads, -1))  # (B, S, M, C)
         return self.output_proj(ms_deform_attn(value, spatial_shapes, reference_points, offsets, logits))
+
+
+# ----------------------------------------------------------------------------------------------- benchmark
+
+def stacked_formulation(value: Tensor, spatial_shapes: list[tuple[int, int]], reference_points: Tensor,
+                        sampling_offsets: Tensor, attention_logits: Tensor) -> Tensor:
+    """The formulation that is in common use on CPUs (Deformable DETR, Hugging Face): softmax and locations
+    as tensors, one grid_sample per level, all samples stacked, multiplied and summed. For comparison
+    only."""
+    locations, weights = materialised(spatial_shapes, reference_points, sampling_offsets, attention_logits)
+    B, _, M, C = value.shape
+    Q, L, P = weights.shape[1], *weights.shape[3:]
+    samples = []
+    for level, tokens in enumerate(value.split([h * w for h, w in spatial_shapes], dim=1)):
+        maps = tokens.permute(0, 2, 3, 1).reshape(B * M, C, *spatial_shapes[level])
+        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)  # (B * M, Q, P, 2)
+        samples.append(F.grid_sample(maps, grid.to(maps.dtype), align_corners=False))  # (B * M, C, Q, P)
+    weights = weights.transpose(1, 2).reshape(B * M, 1, Q, L * P)
+    output = (torch.stack(samples, -2).flatten(-2) * weights).sum(-1)  # (B * M, C, Q)
+    return output.view(B, M * C, Q).transpose(1, 2).contiguous()
+
+
+def materialised(spatial_shapes: list[tuple[int, int]], reference_points: Tensor, sampling_offsets: Tensor,
+                 attention_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Operators without fusion take these: locations (B, Q, M, L, P, 2) in [0, 1], softmaxed weights."""
+    size = reference_points.new_tensor([[w, h] for h, w in spatial_shapes])  # (L, 2)
+    locations = reference_points[:, :, None, :, None] + sampling_offsets / size[:, None]
+    return locations, attention_logits.flatten(3).softmax(-1).view_as(attention_logits)
+
+
+def public_operators() -> dict:
+    """{name: function with the arguments of ms_deform_attn} of the public CUDA operators that are
+    installed."""
+    def wrap(function):
+        def run(value, spatial_shapes, *rest):
+            shapes = torch.tensor(spatial_shapes, device=value.device)  # they want a tensor
+            starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
+            locations, weights = materialised(spatial_shapes, *rest)
+            return function(value, shapes, starts, locations.to(value.dtype), weights, 64)
+        return run
+    found = {}
+    for name, module in (("mmcv", "mmcv.ops.multi_scale_deform_attn"), ("Deformable-DETR", "functions")):
+        try:
+            classes = vars(__import__(module, fromlist=["_"]))
+            cls = classes.get("MultiScaleDeformableAttnFunction") or classes["MSDeformAttnFunction"]
+            found[name] = wrap(cls.apply)
+        except (ImportError, KeyError):
+            pass
+    return found
+
+
+def seconds(run, device: torch.device, repeats: int) -> float:
+    """The median time of run(). On a GPU it is captured as a graph, so that Python's own time does not
+    count."""
+    if device.type == "cpu":
+        times = []
+        for _ in range(repeats + 1):  # the first one warms up
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:])
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(repeats + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times[3:])
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written, of a large copy: the roof of everything that only moves memory."""
+    x = torch.empty(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    return 2 * x.numel() / seconds(lambda: y.copy_(x), device, 20)
+
+
+def benchmark(device: torch.device, repeats: int) -> None:
+    """Times every path, side by side, and prints a table. "of bound" is the time in which the tensors alone
+    could be read and written once, at the speed of a copy, over the measured time."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
+    bandwidth = copy_bandwidth(device)
+    print(f"copy: {bandwidth / 1e9:.0f} GB/s")
+    family = Family(arch_of(device), *[torch.float32] * 3, channels=32, heads=8, levels=4, points=4)
+    for what, function in ("compilation", compile_kernel), ("loading from the cache", load):
+        kernel_serves(device, *[torch.float32] * 4, S=1, C=32, M=8, L=4, P=4)  # fills the cache
+        load.cache_clear()
+        start = time.perf_counter()
+        function(family)
+        print(f"{what}: {1000 * (time.perf_counter() - start):.1f} ms")
+    print(f"{'size':26} {'path':22} {'dtype':9} {'forward':>11} {'of bound':>8} {'backward':>11} "
+          f"{'of bound':>8}")
+    cases = [("512x512, D 256", 512, 512, 8, 32, 1, 0), ("tiny, 64x64, batch 16", 64, 64, 4, 16, 16, 50)]
+    if device.type == "cuda":
+        cases = [(f"{name}, {h}x{w}, batch {B}", h, w, heads, C, B, queries)
+                 for name, heads, C in (("lite", 8, 32), ("base", 10, 48))
+                 for h, w, queries in ((800, 1344, 300), (224, 224, 1)) for B in (1, 2, 4, 8)]
+    for name, height, width, M, C, B, extra in cases:
+        shapes = [(math.ceil(height / s), math.ceil(width / s)) for s in (8, 16, 32, 64)]
+        paths = {"kernel": ms_deform_attn, "reference": ms_deform_attn_reference,
+                 "grid_sample and stack": stacked_formulation,
+                 **(public_operators() if device.type == "cuda" else {})}
+        for path, function in paths.items():
+            for dtype in (torch.float32, torch.bfloat16) if path == "kernel" else (torch.float32,):
+                try:
+                    forward, backward, bounds = time_one(function, device, shapes, M, C, B, extra, dtype,
+                                                         repeats)
+                except torch.OutOfMemoryError:
+                    print(f"{name:26} {path:22} does not fit into memory")
+                    continue
+                print(f"{name:26} {path:22} {str(dtype)[6:]:9} {forward * 1e6:8.0f} us "
+                      f"{bounds[0] / bandwidth / forward:7.0%} {backward * 1e6:9.0f} us "
+                      f"{bounds[1] / bandwidth / backward:7.0%}", flush=True)
+
+
+def time_one(function, device: torch.device, shapes: list[tuple[int, int]], M: int, C: int, B: int,
+             extra: int, dtype: torch.dtype, repeats: int) -> tuple[float, float, tuple[int, int]]:
+    """Seconds of the forward and the backward pass, with all image tokens and `extra` tokens as queries, and
+    the bytes that the two must move."""
+    g = torch.Generator().manual_seed(0)
+    S = sum(h * w for h, w in shapes)
+    centres = [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(-1)
+               for h, w in shapes]
+    references = torch.cat([*centres, torch.rand(extra, 2, generator=g)])[None, :, None].expand(B, -1, 4, -1)
+    Q = S + extra
+    value, offsets, logits, grad = (torch.randn(*shape, generator=g).to(device, dtype) for shape in (
+        (B, S, M, C), (B, Q, M, 4, 4, 2), (B, Q, M, 4, 4), (B, Q, M * C)))
+    inputs = [x.requires_grad_() for x in (value, 3 * offsets.detach(), logits)]
+    references = references.to(device).contiguous()
+
+    def run():
+        return function(inputs[0], shapes, references, inputs[1], inputs[2])
+    with torch.no_grad():
+        forward = seconds(run, device, repeats)
+    both = seconds(lambda: torch.autograd.grad(run(), inputs, grad), device, repeats)
+    moved = [sum(x.nbytes for x in (*inputs, grad, references)),  # the output is as large as its gradient
+             sum(x.nbytes for x in (*inputs, *inputs, grad, references))]
+    return forward, both - forward, tuple(moved)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times multi-scale deformable attention on this machine.")
+    parser.add_argument("--benchmark", action="store_true", required=True, help="the only thing to do here")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available()
+                        else "cpu")
+    parser.add_argument("--repeats", type=int, default=20, help="the median of so many runs is shown")
+    args = parser.parse_args()
+    benchmark(torch.device(args.device), args.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from deform_attn_jit import forced_path
 from model import VARIANTS, Config, Detector, InputError
 from released import is_released, load_checkpoint, load_released, released_layout
 
@@ -95,6 +96,7 @@ def rate(text: str) -> float:
 def run_script(main) -> None:
     """Runs main(). What the user can mend ends in one line and exit code 2 rather than in a traceback."""
     try:
+        forced_path()  # a misspelt FPDETR_DEFORM_ATTN shows now rather than in the first forward pass
         main()
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)

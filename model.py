@@ -17,11 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deform_attn import MSDeformAttn, at_least_float32
-
-
-class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line: what, where, how to mend. Scripts
-    exit with 2."""
+from deform_attn_jit import InputError
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,25 @@
 """The operator against a brute-force loop and finite differences."""
 import math
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT, deform_attn_inputs
+from torch.library import opcheck
 
 import deform_attn
+import deform_attn_jit
 from deform_attn import MSDeformAttn, ms_deform_attn, ms_deform_attn_reference
+from deform_attn_jit import InputError
 
 SHAPES = [(5, 7), (3, 4), (2, 2), (1, 1)]
 
 
-def make_inputs(B=2, Q=6, M=3, C=5, P=2, dtype=torch.float64, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    S, L = sum(h * w for h, w in SHAPES), len(SHAPES)
-    value = torch.randn(B, S, M, C, generator=g, dtype=dtype)
-    references = torch.rand(B, Q, L, 2, generator=g, dtype=dtype) * 1.4 - 0.2  # some outside of the map
-    offsets = torch.randn(B, Q, M, L, P, 2, generator=g, dtype=dtype) * 2
-    return value, references, offsets, torch.randn(B, Q, M, L, P, generator=g, dtype=dtype)
+def make_inputs(dtype=torch.float64, **sizes):
+    return deform_attn_inputs(SHAPES, **{**dict(B=2, Q=6, M=3, C=5, P=2), **sizes}, dtype=dtype)
 
 
 def brute_force(value, references, offsets, logits):
@@ -52,40 +55,188 @@ def test_reference_gradients_equal_finite_differences():
     assert torch.autograd.gradcheck(lambda v, *rest: ms_deform_attn_reference(v, SHAPES, *rest), inputs)
 
 
-@pytest.mark.skipif(deform_attn.compiled() is None, reason="no C++ compiler here")
-@pytest.mark.parametrize("M, C, P", [(4, 16, 4), (8, 32, 4), (2, 48, 4), (3, 5, 2), (1, 7, 1)])
-def test_compiled_path_equals_the_reference_in_float64(M, C, P):
-    inputs = make_inputs(M=M, C=C, P=P)
-    truth_in = [x.clone().requires_grad_() for x in inputs]
-    fast_in = [x.float().requires_grad_() for x in inputs]
-    truth = ms_deform_attn_reference(truth_in[0], SHAPES, *truth_in[1:])
-    fast = ms_deform_attn(fast_in[0], SHAPES, *fast_in[1:])
-    assert fast.grad_fn.name().startswith("CompiledAttention")
-    torch.testing.assert_close(fast.double(), truth, rtol=1e-5, atol=1e-5)
-    weights = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (truth * weights).sum().backward()
-    (fast * weights.float()).sum().backward()
-    for slow, quick in zip(truth_in, fast_in):
-        torch.testing.assert_close(quick.grad.double(), slow.grad, rtol=1e-4, atol=1e-4)
+FLAT = [n for shape in SHAPES for n in shape]
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+DEVICES = ["cpu", pytest.param("cuda", marks=no_gpu)]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
-def test_far_and_undefined_offsets_read_nothing(bad):
-    value, references, offsets, logits = make_inputs(B=1, Q=1, M=1, C=16, P=1, dtype=torch.float32)
-    if deform_attn.compiled() is None:
+@pytest.fixture(params=DEVICES)
+def kernel_device(request):
+    """Every device on which the kernel, and not the reference, should serve."""
+    if request.param == "cpu" and not any(map(shutil.which, ("c++", "g++"))):
         pytest.skip("no C++ compiler here")
-    offsets = torch.full_like(offsets, bad).requires_grad_()
+    return request.param
+
+
+def on(device, inputs):
+    return [x.detach().to(device).requires_grad_() for x in inputs]
+
+
+def test_operator_is_registered_as_pytorch_wants_it(kernel_device):
+    inputs = on(kernel_device, make_inputs(C=16, dtype=torch.float32))
+    opcheck(deform_attn.kernel_forward, (*inputs, FLAT))
+    output = deform_attn.kernel_forward(*inputs, FLAT)
+    opcheck(deform_attn.kernel_backward, (output.detach(), *(x.detach() for x in inputs), FLAT))
+
+
+def test_compiled_graph_equals_eager(kernel_device):
+    def layer(value, *rest):
+        return ms_deform_attn(value * 2, SHAPES, *rest).sin().sum()
+    inputs = on(kernel_device, make_inputs(C=16, dtype=torch.float32))
+    graph = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(graph(*inputs), layer(*inputs))
+    for got, want in zip(*(torch.autograd.grad(f(*inputs), inputs) for f in (graph, layer))):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_any_strides_and_alignments(kernel_device):
+    """Expanded, transposed and misaligned inputs and gradients, against their plain copies."""
+    value, references, offsets, logits = on(kernel_device, make_inputs(Q=6, C=16, dtype=torch.float32))
+    # not at a multiple of 16 bytes
+    odd = torch.empty(value.numel() + 1, device=kernel_device)[1:].view_as(value)
+    strange = (odd.copy_(value.detach()), references[:, :1, :1].expand(-1, 6, 4, -1),
+               offsets.detach().transpose(2, 3).contiguous().transpose(2, 3),
+               logits[:1].expand(2, -1, -1, -1, -1))
+    plain = [x.detach().clone().contiguous().requires_grad_() for x in strange]
+    strange = [x.detach().requires_grad_() for x in strange]
+    outputs = [ms_deform_attn(x[0], SHAPES, *x[1:]) for x in (strange, plain)]
+    assert torch.equal(*outputs)
+    # the gradient of a sum is an expanded scalar
+    for got, want in zip(*(torch.autograd.grad(o.sum(), x) for o, x in zip(outputs, (strange, plain)))):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("B, Q", [(0, 5), (2, 0)])
+def test_nothing_to_do(kernel_device, B, Q):
+    inputs = on(kernel_device, make_inputs(B=B, Q=Q, C=16, dtype=torch.float32))
+    output = ms_deform_attn(inputs[0], SHAPES, *inputs[1:])
+    assert output.shape == (B, Q, 48)
+    for x, grad in zip(inputs, torch.autograd.grad(output.sum(), inputs)):
+        assert grad.shape == x.shape and not grad.any()
+
+
+def test_autocast(kernel_device):
+    """16-bit values, offsets and logits, float32 references: near to float32 throughout, and bfloat16
+    out."""
+    torch.manual_seed(0)
+    layer = MSDeformAttn(dim=64, heads=4).to(kernel_device)
+    torch.nn.init.normal_(layer.sampling_offsets.weight, std=0.2)
+    query, memory = torch.randn(2, 9, 64, device=kernel_device), torch.randn(2, 52, 64, device=kernel_device)
+    references = torch.rand(2, 9, 4, 2, device=kernel_device)
+    exact = layer(query, references, memory, SHAPES)
+    with torch.autocast(kernel_device, torch.bfloat16):
+        rough = layer(query, references, memory, SHAPES)
+    assert rough.dtype == torch.bfloat16
+    torch.testing.assert_close(rough.float(), exact, rtol=0, atol=0.02 * exact.abs().max().item())
+    rough.float().sum().backward()
+    assert layer.sampling_offsets.weight.grad.abs().max() > 0
+
+
+def test_second_derivatives_are_refused(kernel_device):
+    inputs = on(kernel_device, make_inputs(C=16, dtype=torch.float32))
+    output = ms_deform_attn(inputs[0], SHAPES, *inputs[1:])
+    grad, = torch.autograd.grad(output.square().sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.square().sum().backward()
+
+
+@no_gpu
+def test_cuda_graph():
+    inputs = on("cuda", make_inputs(C=32, dtype=torch.float32))
+
+    def step():
+        return torch.autograd.grad(ms_deform_attn(inputs[0], SHAPES, *inputs[1:]).square().sum(), inputs)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # the warm-up compiles and loads
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        inputs[0].mul_(2)
+    graph.replay()
+    for got, want in zip(captured, step()):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@no_gpu
+def test_gpu_equals_the_reference_and_refuses_to_be_deterministic():
+    inputs = on("cuda", make_inputs(C=32, dtype=torch.float32))
+    output = ms_deform_attn(inputs[0], SHAPES, *inputs[1:])
+    wide = [x.detach().double().cpu().requires_grad_() for x in inputs]
+    truth = ms_deform_attn_reference(wide[0], SHAPES, *wide[1:])
+    torch.testing.assert_close(output.double().cpu(), truth, rtol=1e-5, atol=1e-5)
+    for got, want in zip(torch.autograd.grad(output.sum(), inputs), torch.autograd.grad(truth.sum(), wide)):
+        torch.testing.assert_close(got.double().cpu(), want, rtol=1e-4, atol=1e-4)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="deterministic"):
+            ms_deform_attn(inputs[0], SHAPES, *inputs[1:]).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_cpu_is_deterministic_and_allowed_to_be():
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = []
+        for _ in range(2):
+            inputs = on("cpu", make_inputs(C=16, dtype=torch.float32))
+            output = ms_deform_attn(inputs[0], SHAPES, *inputs[1:])
+            results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_environment_variable_forces_a_path(monkeypatch):
+    value, *rest = make_inputs(dtype=torch.float32)
     value.requires_grad_()
-    out = ms_deform_attn(value, SHAPES, references, offsets, logits)
-    out.sum().backward()
-    assert torch.equal(out, torch.zeros_like(out))
-    assert torch.equal(value.grad, torch.zeros_like(value)) and torch.isfinite(offsets.grad).all()
+    monkeypatch.setenv("FPDETR_DEFORM_ATTN", "reference")
+    assert "fpdetr" not in type(ms_deform_attn(value, SHAPES, *rest).grad_fn).__name__
+    monkeypatch.setenv("FPDETR_DEFORM_ATTN", "cuda")
+    with pytest.raises(InputError, match="the tensors are on cpu"):
+        ms_deform_attn(value, SHAPES, *rest)
+    monkeypatch.setenv("FPDETR_DEFORM_ATTN", "fast")
+    with pytest.raises(InputError, match="FPDETR_DEFORM_ATTN=fast is unknown: give reference, cpu or cuda"):
+        ms_deform_attn(value, SHAPES, *rest)
+
+
+def test_without_a_compiler_the_reference_serves_and_says_so_once(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    deform_attn_jit.load.cache_clear(), deform_attn_jit.warn_once.cache_clear()
+    value, *rest = make_inputs(C=11, dtype=torch.float32)
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler") as caught:
+        outputs = [ms_deform_attn(value, SHAPES, *rest) for _ in range(2)]
+    assert len(caught) == 1
+    torch.testing.assert_close(outputs[0], brute_force(value, *rest), rtol=1e-5, atol=1e-5)
+    monkeypatch.setenv("FPDETR_DEFORM_ATTN", "cpu")
+    with pytest.raises(InputError, match="cannot work here: there is no C"):
+        ms_deform_attn(value, SHAPES, *rest)
+
+
+def test_many_processes_may_build_at_once(tmp_path):
+    """Four processes with an empty cache: each ends with a right result, and one file is left."""
+    code = ("import torch, deform_attn as d\n"
+            "x = torch.ones(1, 4, 1, 2), torch.full((1, 1, 1, 2), .5), torch.zeros(1, 1, 1, 1, 1, 2)\n"
+            "print(d.ms_deform_attn(x[0], [(2, 2)], *x[1:], torch.zeros(1, 1, 1, 1, 1)).tolist())")
+    if not any(map(shutil.which, ("c++", "g++"))):
+        pytest.skip("no C++ compiler here")
+    env = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT), "FPDETR_DEFORM_ATTN": "cpu"}
+    running = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+               for _ in range(4)]
+    assert [p.communicate()[0].strip() for p in running] == ["[[[1.0, 1.0]]]"] * 4
+    left = [p.suffix for folder in tmp_path.glob("fpdetr-*") for p in folder.iterdir()]
+    assert left == [".bin"]
 
 
 def test_wrong_number_of_tokens_is_an_error():
     value, *rest = make_inputs(dtype=torch.float32)
     with pytest.raises(ValueError, match="tokens"):
         ms_deform_attn(value[:, 1:], SHAPES, *rest)
+    with pytest.raises(ValueError, match="should be"):
+        ms_deform_attn(value, SHAPES, rest[0][:, 1:], *rest[1:])
 
 
 def test_offsets_start_on_the_radial_grid():

@@ -1,0 +1,184 @@
+"""deform_attn_kernel.cu: its GPU half in an emulator, its CPU half, and NVIDIA's compilers, where they are
+installed. The truth is the reference in float64, which test_deform_attn.py checks against a loop over
+pixels."""
+import ctypes
+import math
+import shutil
+import subprocess
+
+import pytest
+import torch
+from conftest import ROOT, deform_attn_inputs
+
+import deform_attn_jit
+from deform_attn import ms_deform_attn, ms_deform_attn_reference
+from deform_attn_jit import Family
+
+COMPILER = shutil.which("g++")
+SHAPES = [(5, 7), (1, 1), (4, 3), (2, 1), (1, 5)]
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+# of float64 results, relative to the largest: rounding to the dtype of the tensors, with some room
+TOLERANCE = {F64: 1e-12, F32: 2e-6, BF16: 1e-2, F16: 1.5e-3}
+
+
+def truth(inputs, shapes, grad_output):
+    """The reference's output and gradients of (value, offsets, logits) in float64."""
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    output = ms_deform_attn_reference(wide[0], shapes, *wide[1:])
+    value, _, offset, logit = torch.autograd.grad(output, wide, grad_output.double())
+    return output.detach(), value, offset, logit
+
+
+def assert_near(results, expected, dtypes):
+    for got, want, dtype in zip(results, expected, dtypes):
+        assert torch.isfinite(got).all()
+        error = (got.double() - want).abs().max() / want.abs().max().clamp(min=1e-30)
+        assert error <= TOLERANCE[dtype], (error, dtype)
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    """emulate(arch, inputs, shapes, grad_output) -> output and the gradients of value, offset, logit. Around
+    the tensors that are gathered from and scattered to lie NaNs: reading or writing one would show."""
+    if COMPILER is None:
+        pytest.skip("no g++ here")
+    folder, built = tmp_path_factory.mktemp("emulator"), {}
+
+    def emulate(arch, inputs, shapes, grad_output):
+        def fenced(like, fill):
+            whole = torch.full([like.numel() + 2048], math.nan, dtype=like.dtype)
+            whole[1024:-1024] = fill.flatten() if isinstance(fill, torch.Tensor) else fill
+            return whole, whole[1024:-1024].view(like.shape)
+        value, reference, offset, logit = inputs
+        fences, tensors = {}, dict(reference=reference, offset=offset, logit=logit, grad_output=grad_output)
+        fences["value"], tensors["value"] = fenced(value, value)
+        accumulated = torch.empty(value.shape, dtype=torch.promote_types(value.dtype, F32))
+        for name, like, fill in (("output", grad_output, math.nan), ("grad_value", accumulated, 0),
+                                 ("grad_offset", offset, math.nan), ("grad_logit", logit, math.nan)):
+            fences[name], tensors[name] = fenced(like, fill)
+        flat = [n for shape in shapes for n in shape]
+        family, arguments = deform_attn_jit.pack(arch, flat, tensors)
+        if family not in built:
+            path = folder / f"{len(built)}.so"
+            definitions = {**family.definitions(), "__CUDA_ARCH__": f"{arch[3:]}0"}
+            options = [f"-D{k}={v}" for k, v in definitions.items()]
+            subprocess.run([COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", *options,
+                            ROOT / "tests" / "gpu_emulator.cpp", "-o", path], check=True)
+            built[family] = ctypes.CDLL(str(path)).emulate
+            built[family].restype = ctypes.c_bool
+        for direction in ("forward", "backward"):
+            grid = deform_attn_jit.grid(family, direction, arguments.B, arguments.Q)
+            assert built[family](ctypes.byref(arguments), direction == "backward", *grid), "a deadlock"
+        for whole in fences.values():
+            assert whole[:1024].isnan().all() and whole[-1024:].isnan().all(), "written beyond the end"
+        return [tensors[name] for name in ("output", "grad_value", "grad_offset", "grad_logit")]
+    return emulate
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])  # the two kinds of atomics
+@pytest.mark.parametrize("dtype, C, L, P", [
+    (F32, 32, 4, 4), (BF16, 32, 4, 4), (F16, 32, 2, 3), (F32, 48, 3, 2), (BF16, 48, 4, 4), (F16, 48, 1, 8),
+    (F32, 7, 5, 8), (BF16, 7, 1, 1), (F32, 30, 5, 1), (BF16, 30, 2, 5), (F16, 30, 1, 4), (F64, 16, 3, 4)])
+def test_gpu_half_equals_the_reference(emulator, arch, dtype, C, L, P):
+    shapes = SHAPES[:L]
+    inputs = deform_attn_inputs(shapes, B=2, Q=19, M=3, C=C, P=P, dtype=dtype)
+    grad_output = torch.randn(2, 19, 3 * C, generator=torch.Generator().manual_seed(1)).to(dtype)
+    results = emulator(arch, inputs, shapes, grad_output)
+    # the kernel leaves the gradient of a 16-bit value in float32
+    assert_near(results, truth(inputs, shapes, grad_output), [dtype, results[1].dtype, dtype, dtype])
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_gpu_half_takes_a_dtype_for_each_tensor(emulator, arch):
+    value, reference, offset, logit = deform_attn_inputs(SHAPES[:4], B=1, Q=70, M=2, C=32, P=4, dtype=F32)
+    inputs = value.to(BF16), reference, offset, logit.to(F16)
+    grad_output = torch.ones(1, 70, 64, dtype=BF16)
+    results = emulator(arch, inputs, SHAPES[:4], grad_output)
+    assert_near(results, truth(inputs, SHAPES[:4], grad_output), [BF16, F32, F32, F16])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30, -3e38, 1e9])
+def test_gpu_half_reads_nothing_at_far_and_undefined_places(emulator, bad):
+    inputs = list(deform_attn_inputs(SHAPES[:2], B=1, Q=3, M=1, C=32, P=2, dtype=F32))
+    inputs[2] = torch.full_like(inputs[2], bad)
+    inputs[2][:, 0] = 0  # the first query is a good one
+    grad_output = torch.ones(1, 3, 32)
+    output, grad_value, grad_offset, grad_logit = emulator("sm_90", inputs, SHAPES[:2], grad_output)
+    good = [x if x.shape[1] == 36 else x[:, :1] for x in inputs]
+    expected = truth(good, SHAPES[:2], grad_output[:, :1])
+    assert_near([output[:, :1], grad_value, grad_offset[:, :1], grad_logit[:, :1]], expected, [F32] * 4)
+    for x in (output, grad_offset, grad_logit):
+        assert torch.equal(x[:, 1:], torch.zeros_like(x[:, 1:]))
+
+
+def test_gpu_half_gives_the_same_output_twice(emulator):
+    inputs = deform_attn_inputs(SHAPES[:2], B=1, Q=9, M=2, C=32, P=4, dtype=F32)
+    first, second = (emulator("sm_90", inputs, SHAPES[:2], torch.ones(1, 9, 64)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+cpu_kernel = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
+
+
+@cpu_kernel
+@pytest.mark.parametrize("dtype, C, L, P", [
+    (F32, 16, 4, 4), (F32, 32, 4, 4), (F32, 48, 2, 3), (F32, 7, 5, 8), (F32, 30, 1, 1), (F64, 5, 3, 2),
+    (BF16, 32, 4, 4), (F16, 16, 2, 2)])
+def test_cpu_half_equals_the_reference(dtype, C, L, P):
+    shapes = SHAPES[:L]
+    inputs = [x.requires_grad_() for x in deform_attn_inputs(shapes, B=2, Q=19, M=3, C=C, P=P, dtype=dtype)]
+    output = ms_deform_attn(inputs[0], shapes, *inputs[1:])
+    assert "fpdetr" in type(output.grad_fn).__name__  # not the reference itself
+    grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    value, reference, offset, logit = torch.autograd.grad(output, inputs, grad_output)
+    assert_near([output, value, offset, logit], truth(inputs, shapes, grad_output), [dtype] * 4)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(ms_deform_attn_reference(wide[0], shapes, *wide[1:]), wide[1],
+                                   grad_output.double())
+    assert_near([reference], expected, [dtype])
+
+
+@cpu_kernel
+def test_cpu_half_equals_finite_differences():
+    inputs = [x.requires_grad_() for x in deform_attn_inputs(SHAPES[:3], B=1, Q=2, M=2, C=3, P=2, dtype=F64)]
+    assert torch.autograd.gradcheck(lambda value, *rest: ms_deform_attn(value, SHAPES[:3], *rest), inputs)
+
+
+@cpu_kernel
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
+def test_cpu_half_reads_nothing_at_far_and_undefined_places(bad):
+    value, references, offsets, logits = deform_attn_inputs(SHAPES[:2], B=1, Q=1, M=1, C=16, P=1, dtype=F32)
+    offsets = torch.full_like(offsets, bad).requires_grad_()
+    value.requires_grad_()
+    out = ms_deform_attn(value, SHAPES[:2], references, offsets, logits)
+    out.sum().backward()
+    assert torch.equal(out, torch.zeros_like(out))
+    assert torch.equal(value.grad, torch.zeros_like(value)) and torch.isfinite(offsets.grad).all()
+
+
+def families(arch):
+    return [Family(arch, t, t, t, C, 8, 4, 4) for t in (F32, BF16, F16) for C in (32, 48)] + [
+        Family(arch, F32, F32, F32, 7, 3, 5, 8), Family(arch, F64, F64, F64, 32, 8, 4, 4)]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_nvrtc_compiles_it(arch):
+    try:
+        deform_attn_jit.nvrtc_library()
+    except OSError as e:
+        pytest.skip(f"NVRTC is not installed (pip install nvidia-cuda-nvrtc): {e}")
+    for family in families(arch):
+        assert deform_attn_jit.compile_for_gpu(family.definitions(), arch)[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_nvcc_compiles_it_without_a_warning_or_spilled_registers(arch, tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on this machine")
+    family = families(arch)[1]  # float32, 48 channels
+    options = [f"-D{k}={v}" for k, v in family.definitions().items()]
+    done = subprocess.run(["nvcc", "-cubin", "-std=c++17", f"-arch={arch}", "-Xptxas", "-v", *options,
+                           str(deform_attn_jit.SOURCE), "-o", str(tmp_path / "kernel.cubin")],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    assert done.stderr.count("0 bytes spill stores, 0 bytes spill loads") == 2, done.stderr
