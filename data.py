@@ -1,10 +1,12 @@
-"""Detection data: where images and boxes come from, the training transforms, and batches.
+"""Data: where images, boxes and labels come from, the transforms of detection, and batches.
 
-Three sources give the same thing, a `DetectionSet`: `shapes`, generated from a seed; `coco`, as COCO 2017
-unpacks; and any folder in COCO format. Transforms are Deformable DETR's (the paper, 4.1, follows its
-implementation). Boxes are absolute (x0, y0, x1, y1) in pixels inside this file and normalised (cx, cy, w, h)
-when they leave it.
+Detection: three sources give the same thing, a `DetectionSet`: `shapes`, generated from a seed; `coco`, as
+COCO 2017 unpacks; and any folder in COCO format. Transforms are Deformable DETR's (the paper, 4.1, follows
+its implementation). Classification: a `ClassificationSet` of `shapes`, ImageNet or any folder with a folder
+per class; its augmentations are in augment.py. Boxes are absolute (x0, y0, x1, y1) in pixels inside this
+file and normalised (cx, cy, w, h) when they leave it.
 """
+import itertools
 import json
 import os
 import warnings
@@ -14,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import augment
 from model import InputError
+from shapes import SHAPES, shape_scene
 
 # a picture of 90 megapixels or more is refused
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -58,6 +62,12 @@ def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture -> (3, H, W) float32, normalised with ImageNet's mean and deviation."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float()
     return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """The inverse of `to_tensor`, to look at what a model sees."""
+    pixels = pixels * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    return Image.fromarray(pixels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
 # ---------------------------------------------------------------------------- transforms (Deformable DETR's)
@@ -176,13 +186,17 @@ class DetectionSet(Dataset):
                 return (f"image {record.source} is {image.width} x {image.height}, but the annotations say "
                         f"{record.size[0]} x {record.size[1]}: its boxes cannot be trusted")
         records = self.records if indices is None else [self.records[i] for i in indices]
-        files = [r for r in records if isinstance(r.source, Path)]
-        with ThreadPoolExecutor() as pool:  # pillow decodes outside the interpreter's lock
-            for error in tqdm(pool.map(check, files), f"checking {self.name}", len(files), leave=False,
-                              unit="image"):
-                if error:
-                    pool.shutdown(cancel_futures=True)
-                    raise InputError(error)
+        check_all(check, [r for r in records if isinstance(r.source, Path)], self.name)
+
+
+def check_all(check, files: list, name: str) -> None:
+    """Calls check(file) -> None or what is wrong, for each file; raises InputError with the first
+    complaint."""
+    with ThreadPoolExecutor() as pool:  # pillow decodes outside the interpreter's lock
+        for error in tqdm(pool.map(check, files), f"checking {name}", len(files), leave=False, unit="image"):
+            if error:
+                pool.shutdown(cancel_futures=True)
+                raise InputError(error)
 
 
 def pad_batch(samples: list) -> tuple[Tensor, Tensor | None, list[dict]]:
@@ -323,7 +337,7 @@ def detection_set(data: str, split: str, root: str | None = None, limit: int | N
     """
     options = dict(name=f"{data} {split}", transform=Transform(image_size, augment), seed=seed)
     if data == "shapes":
-        return shapes(split, limit, **options)
+        return shapes_detection(split, limit, **options)
     folder, suffix = (Path(root or "data/coco"), "2017") if data == "coco" else (Path(data), "")
     images = folder / (split + suffix)
     annotations = folder / "annotations" / f"instances_{split}{suffix}.json"
@@ -334,96 +348,7 @@ def detection_set(data: str, split: str, root: str | None = None, limit: int | N
     return coco_format(images, annotations, limit, **options)
 
 
-# ----------------------------------------------------------------------------- shapes: generated from a seed
-
-def polygon(corners: int, inner: float = 1.0) -> np.ndarray:
-    """A regular polygon in the unit circle, or a star if every second corner is at radius `inner`; (n,
-    2)."""
-    n = corners if inner == 1 else 2 * corners
-    angle = 2 * np.pi * np.arange(n) / n - np.pi / 2
-    radius = np.where(np.arange(n) % 2 == 1, inner, 1.0)
-    return np.stack([np.cos(angle), np.sin(angle)], 1) * radius[:, None]
-
-
-CIRCLE, ARM = polygon(40), 0.34
-SHAPES: dict[str, list[np.ndarray]] = {  # outline, then holes
-    "circle": [CIRCLE],
-    "ring": [CIRCLE, CIRCLE * 0.55],
-    "triangle": [polygon(3)],
-    "square": [np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * 0.85],
-    "hexagon": [polygon(6)],
-    "star": [polygon(5, 0.42)],
-    "cross": [np.array([[-ARM, -1], [ARM, -1], [ARM, -ARM], [1, -ARM], [1, ARM], [ARM, ARM],
-                        [ARM, 1], [-ARM, 1], [-ARM, ARM], [-1, ARM], [-1, -ARM], [-ARM, -ARM]])],
-    "arrow": [np.array([[0, -1], [0.9, 0], [0.35, 0], [0.35, 1], [-0.35, 1], [-0.35, 0], [-0.9, 0]])],
-}
-SHAPE_PIXELS, SUPERSAMPLE = 64, 4
-
-
-def shape_mask(name: str, centre, radius: float, angle: float, stretch: float, pixels: int) -> np.ndarray:
-    """Coverage in [0, 1] of a shape, (pixels, pixels), anti-aliased. `stretch` widens it by that factor
-    before turning."""
-    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    mask = Image.new("L", (pixels * SUPERSAMPLE,) * 2)
-    for i, outline in enumerate(SHAPES[name]):
-        corners = (outline * (stretch, 1 / stretch) @ turn * radius + centre) * SUPERSAMPLE
-        ImageDraw.Draw(mask).polygon([tuple(c) for c in corners], fill=0 if i else 255)
-    return np.asarray(mask.reduce(SUPERSAMPLE), dtype=np.float32) / 255
-
-
-def background(rng: np.random.Generator, pixels: int) -> np.ndarray:
-    """A mottled, dull ground with clutter of lines and blotches, (pixels, pixels, 3) in 0..255."""
-    ground = np.full((pixels, pixels, 3), rng.uniform(60, 190), np.float32)
-    for cells in (2, 4, 8, 16):
-        noise = rng.normal(0, 14, (cells, cells, 1)) + rng.normal(0, 5, (cells, cells, 3))  # mostly grey
-        channels = [Image.fromarray(np.ascontiguousarray(noise[..., c], dtype=np.float32))
-                    .resize((pixels, pixels), Image.Resampling.BICUBIC) for c in range(3)]
-        noise = np.stack([np.asarray(c) for c in channels], -1)
-        ground += noise
-    clutter = Image.fromarray(ground.clip(0, 255).astype(np.uint8))
-    draw = ImageDraw.Draw(clutter)
-    for _ in range(rng.integers(2, 7)):
-        grey = rng.uniform(30, 220) + rng.normal(0, 8, 3)
-        x, y, dx, dy = rng.uniform((0, 0, -20, -20), (pixels, pixels, 20, 20))
-        draw.line((x, y, x + dx, y + dy), fill=tuple(int(v) for v in grey.clip(0, 255)),
-                  width=int(rng.integers(1, 4)))
-    return np.asarray(clutter, dtype=np.float32)
-
-
-def shape_scene(rng: np.random.Generator, pixels: int = SHAPE_PIXELS):
-    """One picture with up to four objects that may hide each other -> (RGB image, boxes xyxy (n, 4), labels
-    (n,)). A box is tight around what is visible; an object of which less than half is visible is not
-    annotated."""
-    canvas, owner, names = background(rng, pixels), np.full((pixels, pixels), -1), list(SHAPES)
-    count, labels, sizes = int(rng.choice(5, p=[0.04, 0.3, 0.28, 0.22, 0.16])), [], []
-    for i in range(count):
-        label, radius = int(rng.integers(len(names))), pixels * np.exp(rng.uniform(*np.log([0.16, 0.36])))
-        centre = rng.uniform(radius * 0.7, pixels - radius * 0.7, 2)
-        mask = shape_mask(names[label], centre, radius, rng.uniform(-0.4, 0.4),
-                          np.exp(rng.uniform(-0.15, 0.15)), pixels)
-        hue = (label / len(names) + rng.normal(0, 0.02)) if rng.random() < 0.97 else rng.random()
-        colour = 255 * hsv(hue, rng.uniform(0.7, 1), rng.uniform(0.7, 1))
-        canvas = canvas + mask[..., None] * (colour + rng.normal(0, 9, canvas.shape) - canvas)
-        owner[mask > 0.5] = i
-        labels.append(label)
-        sizes.append((mask > 0.5).sum())
-    boxes = []
-    for i in range(count):
-        y, x = np.nonzero(owner == i)
-        visible = len(x) > 0 and len(x) >= sizes[i] / 2
-        boxes.append((x.min(), y.min(), x.max() + 1, y.max() + 1) if visible else None)
-    image = Image.fromarray((canvas + rng.normal(0, 4, canvas.shape)).clip(0, 255).astype(np.uint8))
-    return (image, np.array([b for b in boxes if b], dtype=np.float64).reshape(-1, 4),
-            np.array([k for k, b in zip(labels, boxes) if b], dtype=np.int64))
-
-
-def hsv(hue: float, saturation: float, value: float) -> np.ndarray:
-    """Hue on a circle of circumference 1 -> (3,) RGB in [0, 1]."""
-    k = (np.array([5, 3, 1]) + hue * 6) % 6
-    return value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)
-
-
-def shapes(split: str, limit: int | None = None, seed: int = 0, **options) -> DetectionSet:
+def shapes_detection(split: str, limit: int | None = None, seed: int = 0, **options) -> DetectionSet:
     """The embedded detection set: 2,000 training and 300 validation pictures of 64 x 64 pixels, no file read
     or written. Every picture has a generator of its own, seeded by its split and number, so the splits share
     none."""
@@ -440,3 +365,108 @@ def shapes(split: str, limit: int | None = None, seed: int = 0, **options) -> De
              "annotations": annotations, "categories": [{"id": i, "name": n} for i,
                                                         n in enumerate(SHAPES, 1)]}
     return DetectionSet(records, truth, seed=seed, **options)
+
+
+# -------------------------------------------------------------------------------------------- classification
+
+@dataclass
+class ClassificationTransform:
+    """Picture -> (3, size, size) normalised. `augment`: "deit" (random crop and flip, RandAugment, random
+    erasing), "21k" (squeezed to the size, Cutout, RandAugment), "flip" (flip only) or "none" (the middle, as
+    for evaluation)."""
+    size: int = 224
+    augment: str = "none"
+    erasing: float = 0.25  # probability, of "deit"
+    cutout: float = 0.5    # side, of "21k"
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+        if self.augment == "deit":
+            image = augment.random_resized_crop(image, self.size, rng)
+        elif self.augment == "21k":
+            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        else:
+            image = augment.centre_crop(image, self.size) if image.size != (self.size,) * 2 else image
+        if self.augment in ("deit", "flip") and rng.random() < 0.5:
+            image = ImageOps.mirror(image)
+        if self.augment == "21k":
+            image = augment.cutout(image, rng, self.cutout)
+        if self.augment in ("deit", "21k"):
+            image = augment.rand_augment(image, rng)
+        pixels = to_tensor(image)
+        return augment.random_erasing(pixels, rng, self.erasing) if self.augment == "deit" else pixels
+
+
+class ClassificationSet(Dataset):
+    """Items: (image (3, size, size) float32, label). An index beyond the length is the same picture once
+    more, with other augmentations (repeated augmentation); they depend on (seed, epoch, index) only."""
+
+    def __init__(self, items: list[tuple[Path | Image.Image, int]], classes: list[str], name: str,
+                 transform: ClassificationTransform, seed: int = 0):
+        self.items, self.classes, self.name = items, classes, name
+        self.transform, self.seed, self.epoch = transform, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        source, label = self.items[index % len(self.items)]
+        image = read_image(source) if isinstance(source, Path) else source
+        return self.transform(image, np.random.default_rng((self.seed, self.epoch, index))), label
+
+    def check_images(self, indices: range | None = None) -> None:
+        """Reads the head of every image file (or those of some indices), so that a file that is no image
+        stops a run before its first step. Raises InputError naming the first."""
+        def check(path: Path) -> str | None:
+            try:
+                Image.open(path).close()
+            # pillow's readers raise a dozen kinds of error on files that are not theirs
+            except Exception as e:
+                return f"{path} is no image ({' '.join(str(e).split())[:100]}): remove or replace it"
+        items = self.items if indices is None else [self.items[i] for i in indices]
+        check_all(check, [source for source, _ in items if isinstance(source, Path)], self.name)
+
+
+def image_folder(folder: Path, limit: int | None = None, **options) -> ClassificationSet:
+    """A folder with a folder per class, as ImageNet unpacks. `limit`: N images, taken in turn from the
+    classes. Raises InputError if there is none, or a class without images."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is missing: needed is a folder with one folder of images per class")
+    names = sorted(p.name for p in os.scandir(folder) if p.is_dir() and not p.name.startswith("."))
+    if len(names) < 2:
+        raise InputError(f"{folder} holds {len(names)} class folders: needed are two or more, each "
+                         f"with images")
+    items = []
+    for label, name in enumerate(names):
+        files = sorted(p.path for p in os.scandir(folder / name) if p.is_file() and
+                       not p.name.startswith("."))
+        if not files:
+            raise InputError(f"class folder {folder / name} is empty: add images or remove it")
+        items.append([(Path(f), label) for f in files])
+    turns = [x for turn in itertools.zip_longest(*items) for x in turn if x] if limit else sum(items, [])
+    return ClassificationSet(turns[:limit], names, **options)
+
+
+def shapes_classification(split: str, limit: int | None = None, **options) -> ClassificationSet:
+    """The embedded classification set: 8,000 training and 400 validation pictures of 64 x 64 pixels with one
+    shape in each."""
+    items = []
+    for i in range({"train": 8000, "val": 400}[split])[:limit]:
+        image, _, labels = shape_scene(np.random.default_rng((20220426, split == "val", i)), objects=1)
+        items.append((image, int(labels[0])))
+    return ClassificationSet(items, list(SHAPES), **options)
+
+
+IMAGENET_FOLDERS = {"imagenet": ("train", "val"), "imagenet21k": ("imagenet21k_train", "imagenet21k_val")}
+
+
+def classification_set(data: str, split: str, transform: ClassificationTransform, root: str | None = None,
+                       limit: int | None = None, seed: int = 0) -> ClassificationSet:
+    """The set that `--data` names: "shapes", "imagenet", "imagenet21k" (ImageNet-21K-P as its authors pack
+    it), or a folder with train/ and val/, each with a folder per class. root: of the two ImageNets,
+    data/NAME by default."""
+    options = dict(name=f"{data} {split}", transform=transform, seed=seed)
+    if data == "shapes":
+        return shapes_classification(split, limit, **options)
+    folder = Path(root or f"data/{data}") if data in IMAGENET_FOLDERS else Path(data)
+    return image_folder(folder / IMAGENET_FOLDERS.get(data, ("train", "val"))[split == "val"], limit,
+                        **options)

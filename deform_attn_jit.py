@@ -121,8 +121,9 @@ def cpp_compiler() -> str:
 
 
 def compile_kernel(family: Family) -> bytes:
-    definitions = family.definitions()
-    return compile_for_cpu(definitions) if family.arch == "cpu" else compile_for_gpu(definitions, family.arch)
+    if family.arch == "cpu":
+        return compile_for_cpu(family.definitions())
+    return compile_for_gpu(family.definitions(), family.arch)
 
 
 def build(family: Family) -> Path:

@@ -19,8 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deform_attn_jit import forced_path
-from model import VARIANTS, Config, Detector, InputError
-from released import is_released, load_checkpoint, load_released, released_layout
+from model import VARIANTS, Classifier, Config, Detector, InputError
+from released import (is_released, is_released_pretraining, load_checkpoint, load_released,
+                      load_released_encoder,
+                      released_layout)
 
 
 # ----------------------------------------------------------------------------------------------------- flags
@@ -47,12 +49,16 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what the run folder holds")
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that training and evaluation have in common."""
-    parser.add_argument("--data", default="shapes",
-                        help="shapes (generated, no download), coco, or any folder in COCO format with "
-                             "train/, val/ and annotations/instances_{train,val}.json")
-    parser.add_argument("--data-root", help="where coco lies (default: data/coco)")
+DETECTION_DATA = ("shapes (generated, no download), coco, or any folder in COCO format with train/, "
+                  "val/ and "
+                  "annotations/instances_{train,val}.json")
+
+
+def add_data_flags(parser: argparse.ArgumentParser, data: str = DETECTION_DATA,
+                   root: str = "where coco lies (default: data/coco)") -> None:
+    """The flags that training and evaluation have in common; `data`, `root`: help texts of these two."""
+    parser.add_argument("--data", default="shapes", help=data)
+    parser.add_argument("--data-root", help=root)
     parser.add_argument("--image-size", type=positive, default=800,
                         help="short side at test time; all sizes of the training recipe scale with it")
     parser.add_argument("--limit-val", type=positive, help="evaluate on the first N images only")
@@ -62,7 +68,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
                         help="of weights, data order, augmentation and dropout")
     parser.add_argument("--workers", type=natural, default=min(8, os.cpu_count() or 1),
                         help="data loading processes per GPU")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available()
+                        else "cpu",
                         help="where to compute (default: the GPU if there is one)")
     parser.add_argument("--amp", choices=("bf16", "off"),
                         help="mixed precision (default: bf16 on GPUs, off on CPUs)")
@@ -168,9 +175,9 @@ def sum_gradients(model: nn.Module) -> None:
         p.grad = g.view_as(p)
 
 
-def sum_over_processes(value: float, device: torch.device) -> Tensor:
-    """A number's sum over the processes, as a scalar tensor on `device`; nobody waits for it."""
-    total = torch.tensor(float(value)).to(device, non_blocking=True)
+def sum_over_processes(value: float | Tensor, device: torch.device) -> Tensor:
+    """The sum over the processes of a number or a float tensor, on `device`; nobody waits for it."""
+    total = torch.as_tensor(value, dtype=torch.float32).to(device, non_blocking=True)
     if world_size() > 1:
         dist.all_reduce(total)
     return total
@@ -209,23 +216,28 @@ class BatchSampler:
         return math.ceil(self.length / self.batch_size)
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        order = torch.randperm(self.length, generator=generator)
-        for batch in order.split(self.batch_size):
+        for batch in self.order().split(self.batch_size):
             yield batch[rank()::world_size()].tolist()
+
+    def order(self) -> Tensor:
+        """(length,) shuffled indices."""
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        return torch.randperm(self.length, generator=generator)
 
 
 # ----------------------------------------------------------------------------------- optimiser and schedules
 
-def parameter_groups(model: nn.Module, lr: float, multipliers: dict[str, float]) -> list[dict]:
+def parameter_groups(model: nn.Module, lr: float, multipliers: dict[str, float],
+                     decay_vectors: bool = True) -> list[dict]:
     """One group per learning rate. `multipliers`: {part of a parameter's name: factor on lr}; the first that
-    fits counts."""
+    fits counts. Without `decay_vectors`, norms and biases (all 1-D parameters) have no weight decay."""
     groups = {}
     for name, parameter in model.named_parameters():
         factor = next((f for part, f in multipliers.items() if part in name), 1.0)
-        groups.setdefault(factor, []).append(parameter)
-    return [{"params": params, "lr": lr * factor, "initial_lr": lr * factor} for factor,
-            params in groups.items()]
+        groups.setdefault((factor, decay_vectors or parameter.ndim > 1), []).append(parameter)
+    return [{"params": params, "lr": lr * factor, "initial_lr": lr * factor,
+             **({} if decay else {"weight_decay": 0.0})}
+            for (factor, decay), params in groups.items()]
 
 
 def schedule_factor(schedule: str, step: int, steps_per_epoch: int, epochs: int, lr_drop: int) -> float:
@@ -327,15 +339,15 @@ def load_detector(path: str | Path) -> tuple[Detector, dict]:
 
 def variant_of(config: dict) -> str:
     """The variant's name, or the sizes that tell a changed one apart."""
-    sizes = {k: v for k, v in config.items() if k not in ("queries", "dropout", "adaptor")}
+    sizes = {k: v for k, v in config.items() if k not in ("queries", "dropout", "drop_path", "adaptor")}
     names = [n for n, c in VARIANTS.items() if all(asdict(c)[k] == v for k, v in sizes.items())]
     return names[0] if names else str(sizes)
 
 
-def load_pretrained(model: Detector, layout: str, path: str | Path) -> str:
-    """Copies a checkpoint's weights into a fresh detector and returns a line that says what was loaded and
-    what starts fresh. The encoder is loaded strictly. A classifier gives nothing else; a detector also gives
-    those of its other parts that have the same shapes (another number of classes: all but the class head).
+def load_pretrained(model: Classifier | Detector, layout: str, path: str | Path) -> str:
+    """Copies a checkpoint's weights into a fresh model and returns a line that says what was loaded and what
+    starts fresh. The encoder is loaded strictly. Between the stages that is all; from the same stage also
+    those of the other parts that have the same shapes (another number of classes: all but the class head).
 
     Raises:
         InputError: if it is no checkpoint, or its encoder is of another variant or layout.
@@ -345,19 +357,22 @@ def load_pretrained(model: Detector, layout: str, path: str | Path) -> str:
         theirs = load_released(content)
         content = {"stage": "finetune", "layout": "released", "config": asdict(theirs.encoder.config),
                    "model": theirs.state_dict()}
+    elif is_released_pretraining(content):
+        config, weights = load_released_encoder(content)
+        content = {"stage": "pretrain", "layout": "released", "config": asdict(config), "model": weights}
     if not {"model", "config", "layout", "stage"} <= content.keys():
-        raise InputError(f"{path} is neither a checkpoint of this project nor one of the released detectors")
+        raise InputError(f"{path} is neither a checkpoint of this project nor one of the authors'")
     theirs, ours = variant_of(content["config"]), variant_of(asdict(model.encoder.config))
     if (theirs, content["layout"]) != (ours, layout):
         raise InputError(f"{path} holds the variant {theirs} in the {content['layout']} layout, not {ours} "
                          f"in the "
                          f"{layout} layout: change --variant or --layout")
-    loaded, fresh = [], []
+    loaded, fresh, stage = [], [], "finetune" if isinstance(model, Detector) else "pretrain"
     for name, part in model.named_children():
         state = {k.removeprefix(name + "."): v for k, v in content["model"].items()
                  if k.startswith(name + ".")}
         fits = {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in part.state_dict().items()}
-        if name == "encoder" or content["stage"] == "finetune" and fits:
+        if name == "encoder" or content["stage"] == stage and fits:
             try:
                 part.load_state_dict(state)
             except RuntimeError as e:
@@ -374,7 +389,8 @@ class Run:
     """A run's folder: args.json, log.jsonl, curves.png, last.pt, best.pt and what the stage adds."""
 
     def __init__(self, args: argparse.Namespace, stage: str):
-        data = args.data if args.data in ("shapes", "coco") else Path(args.data).resolve().name
+        data = args.data if args.data in ("shapes", "coco", "imagenet",
+                                          "imagenet21k") else Path(args.data).resolve().name
         self.folder = args.out or Path("runs") / f"{stage}-{args.variant}-{data}"
         self.last = self.folder / "last.pt"
         self.started = self.saved = time.time()
@@ -393,7 +409,7 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not args.resume:
-                for name in ("log.jsonl", "last.pt", "best.pt", "curves.png", "detections.png"):
+                for name in ("log.jsonl", "last.pt", "best.pt", "curves.png", "detections.png", "predictions.png"):
                     (self.folder / name).unlink(missing_ok=True)
             (self.folder / "args.json").write_text(json.dumps(vars(args), indent=1, default=str))
         except OSError as e:

@@ -32,6 +32,7 @@ class Config:
     points: int = 4           # P, sampling points per head and level (4.1); there are always four levels
     queries: int = 300        # N_q, object queries of a detector (4.1)
     dropout: float = 0.0      # the released fine-tuning uses 0.1 everywhere; the paper does not mention it
+    drop_path: float = 0.0    # stochastic depth of the last layer, in pre-training
     adaptor: str = "self-attention"  # the task adaptor of Eq. 5, or "none" (Table 3)
 
     def __post_init__(self):
@@ -180,10 +181,26 @@ class SelfAttentionAdaptor(nn.Module):
 
 # ---------------------------------------------------------------------------------------- encoder (3.2, 4.1)
 
-class EncoderLayer(nn.Module):
-    """z' = LN(MSDSA(z) + z), z = LN(MLP(z') + z'): Eq. 2 and 3, post-norm."""
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016), one of the DeiT strategies (4.1): in training, a residual branch
+    is left out for a random `rate` of the images, and the others' is scaled up to keep the mean."""
 
-    def __init__(self, config: Config):
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return branch
+        keep = torch.rand(len(branch), 1, 1, device=branch.device) >= self.rate  # (B, 1, 1)
+        return branch * keep / (1 - self.rate)
+
+
+class EncoderLayer(nn.Module):
+    """z' = LN(MSDSA(z) + z), z = LN(MLP(z') + z'): Eq. 2 and 3, post-norm. `depth` in [0, 1]: where the
+    layer is, from the first to the last; stochastic depth grows with it."""
+
+    def __init__(self, config: Config, depth: float):
         super().__init__()
         self.attention = MSDeformAttn(config.dim, config.heads, levels=4, points=config.points)
         self.norm1 = nn.LayerNorm(config.dim)
@@ -194,6 +211,7 @@ class EncoderLayer(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
         self.norm2 = nn.LayerNorm(config.dim)
         self.dropout = nn.Dropout(config.dropout)
+        self.drop_path = DropPath(config.drop_path * depth)
 
     def forward(self, tokens: Tensor, positions: Tensor, references: Tensor, image: ImageTokens) -> Tensor:
         """tokens, positions: (B, E + N, D); references: (B, E + N, 4, 2); `image` gives shapes and padding
@@ -206,8 +224,8 @@ class EncoderLayer(nn.Module):
         # Eq. 4 adds positions to the content once, at the input. Like the released code and Deformable DETR
         # we add them to the query side of every layer instead: a prompt has to be readable in every layer.
         attended = self.attention(tokens + positions, references, memory, image.shapes, image.padding)
-        tokens = self.norm1(tokens + self.dropout(attended))
-        return self.norm2(tokens + self.dropout(self.mlp(tokens)))
+        tokens = self.norm1(tokens + self.drop_path(self.dropout(attended)))
+        return self.norm2(tokens + self.drop_path(self.dropout(self.mlp(tokens))))
 
 
 class Encoder(nn.Module):
@@ -218,7 +236,8 @@ class Encoder(nn.Module):
         self.config = config
         self.tokenizer = Tokenizer(config)
         self.level_embed = nn.Parameter(torch.randn(4, config.dim))
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(EncoderLayer(config, depth=i / max(1, config.layers - 1))
+                                    for i in range(config.layers))
 
     def embed(self, images: Tensor, padding_mask: Tensor | None) -> ImageTokens:
         """images (B, 3, H, W), padding_mask (B, H, W), True at padding, or None -> the sequence of 3.1."""

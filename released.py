@@ -3,12 +3,14 @@
 Paper and released code differ in two modules. `released_layout` exchanges just these two in a model of
 model.py:
 
-    tokenizer   three patch convolutions, the fourth level by a 3x3 convolution from the third; two LayerNorms
+    tokenizer   three patch convolutions, the fourth level by a 3x3 convolution from the third; two
+    LayerNorms
                 per level; projections are convolutions without bias + GroupNorm (Table 6 has four
                 convolutions and linear layers)
     adaptor     one more LayerNorm per layer, over *all* tokens, image tokens too (Eq. 5 has none)
 
-and `load_released` reads one of their detection checkpoints (an mmdet file) into such a model.
+`load_released` reads one of their detection checkpoints (an mmdet file) into such a model, and
+`load_released_encoder` the encoder of one of their pre-training checkpoints.
 """
 import pickle
 import re
@@ -153,7 +155,34 @@ def convert(theirs: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
 def is_released(checkpoint: dict) -> bool:
     """Whether a loaded file is a detection checkpoint of the authors, wrapped by mmdet or bare."""
     state = checkpoint.get("state_dict", checkpoint)
-    return isinstance(state, dict) and QUERY_KEY in state
+    return isinstance(state, dict) and QUERY_KEY in state and not is_released_pretraining(checkpoint)
+
+
+ENCODER2_NORM = "bbox_head.transformer.encoder2.layers.0.norms.{}.weight"
+
+
+def is_released_pretraining(checkpoint: dict) -> bool:
+    """Whether a loaded file is a pre-training checkpoint of the authors: as it was trained, or as their
+    script postprocess_ckpt.py leaves it, which moves the norms of layers 7-12 from {0, 1} to {1, 2} and
+    drops what detection starts afresh."""
+    state = checkpoint.get("state_dict", checkpoint)
+    norms = [isinstance(state, dict) and ENCODER2_NORM.format(i) in state for i in range(3)]
+    return norms in ([True, True, False], [False, True, True])
+
+
+def load_released_encoder(checkpoint: dict) -> tuple[Config, dict[str, Tensor]]:
+    """(config, {"encoder...": tensor} in our names) of one of the authors' pre-training checkpoints. What is
+    no part of the encoder (class token, its reference point, heads) is left out. InputError if it is not
+    whole."""
+    state = dict(checkpoint.get("state_dict", checkpoint))
+    if ENCODER2_NORM.format(0) in state:  # as it was trained
+        state = {re.sub(r"(encoder2\.layers\.\d+\.norms\.)(\d)", lambda m: m[1] + str(int(m[2]) + 1), k): v
+                 for k, v in state.items()}
+    dropped = ("bbox_head.cls_branches", "bbox_head.reg_branches", "bbox_head.query_embedding",
+               "bbox_head.transformer.reference_points")
+    state = {k: v for k, v in state.items() if not k.startswith(dropped)}
+    config = read_config(state)
+    return config, convert(state, config.heads)
 
 
 def load_checkpoint(path: str | PathLike) -> dict:
@@ -180,6 +209,21 @@ def load_checkpoint(path: str | PathLike) -> dict:
     return content
 
 
+def read_config(state: dict[str, Tensor], num_heads: int | None = None) -> Config:
+    """The sizes of one of their models, from the shapes of its state dict."""
+    layer = "bbox_head.transformer.encoder1.layers.0."
+    try:
+        heads = num_heads or state[layer + "attentions.0.attention_weights.bias"].shape[0] // 16  # 4 x 4
+        return Config(dim=state["bbox_head.transformer.level_embeds"].shape[1], heads=heads,
+                      mlp_dim=state[layer + "ffns.0.layers.0.0.bias"].shape[0],
+                      queries=state[QUERY_KEY].shape[0] if QUERY_KEY in state else Config.queries,
+                      tokenizer_dim=state["backbone.patch_embed8.proj.bias"].shape[0])
+    except KeyError as e:
+        raise InputError(f"not a whole released FP-DETR checkpoint: it lacks {e}") from None
+    except (AttributeError, IndexError) as e:
+        raise InputError(f"not a released FP-DETR checkpoint: {e}") from None
+
+
 def load_released(path_or_state_dict: str | PathLike | dict, num_heads: int | None = None,
                   gn_groups: int = 32) -> Detector:
     """A detector with the weights of one of the authors' checkpoints, in eval mode, in the dtype of the
@@ -199,22 +243,14 @@ def load_released(path_or_state_dict: str | PathLike | dict, num_heads: int | No
     if not is_released(state):
         raise InputError(f"not a released FP-DETR detection checkpoint: it has no {QUERY_KEY!r}")
     state = state.get("state_dict", state)
-    try:
-        layer = "bbox_head.transformer.encoder1.layers.0."
-        queries, dim = state[QUERY_KEY].shape[0], state[QUERY_KEY].shape[1] // 2
-        heads = num_heads or state[layer + "attentions.0.attention_weights.bias"].shape[0] // 16  # 4 x 4
-        config = Config(dim=dim, mlp_dim=state[layer + "ffns.0.layers.0.0.bias"].shape[0], heads=heads,
-                        queries=queries,
-                        tokenizer_dim=state["backbone.patch_embed8.proj.bias"].shape[0])
-        num_classes = state["bbox_head.cls_branches.0.bias"].shape[0]
-    except KeyError as e:
-        raise InputError(f"not a whole released FP-DETR checkpoint: it lacks {e}") from None
-    except (AttributeError, IndexError) as e:
-        raise InputError(f"not a released FP-DETR checkpoint: {e}") from None
+    config = read_config(state, num_heads)
+    if "bbox_head.cls_branches.0.bias" not in state:
+        raise InputError("not a whole released FP-DETR checkpoint: it lacks 'bbox_head.cls_branches.0.bias'")
+    num_classes = state["bbox_head.cls_branches.0.bias"].shape[0]
     detector = released_layout(Detector(config, num_classes), gn_groups)
     detector = detector.to(state[QUERY_KEY].dtype)
     try:
-        detector.load_state_dict(convert(state, heads))
+        detector.load_state_dict(convert(state, config.heads))
     except RuntimeError as e:
         raise InputError("released checkpoint does not fit: " + " ".join(str(e).split())) from None
     return detector.eval()

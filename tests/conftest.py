@@ -23,12 +23,12 @@ def shared():
 
 
 def deform_attn_inputs(shapes, B, Q, M, C, P, dtype, seed=0):
-    """Random (value, reference points, offsets, logits) of `ms_deform_attn`. References are in float32 or wider,
-    and some lie outside of the map."""
+    """Random (value, reference points, offsets, logits) of `ms_deform_attn`. References are in float32 or
+    wider, and some lie outside of the map."""
     g = torch.Generator().manual_seed(seed)
     S, L = sum(h * w for h, w in shapes), len(shapes)
     value, offsets, logits = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in (
         (B, S, M, C), (B, Q, M, L, P, 2), (B, Q, M, L, P)))
     references = torch.rand(B, Q, L, 2, generator=g, dtype=torch.float64) * 1.4 - 0.2
-    return (value.to(dtype), references.to(torch.promote_types(dtype, torch.float32)), (2 * offsets).to(dtype),
-            logits.to(dtype))
+    references = references.to(torch.promote_types(dtype, torch.float32))
+    return value.to(dtype), references, (2 * offsets).to(dtype), logits.to(dtype)

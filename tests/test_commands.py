@@ -193,6 +193,89 @@ def test_checkpoints_that_do_not_fit(trained):
     refused(trained, "finetune.py", "--out", "y", "--pretrained", "gone.pt", says="gone.pt is missing")
 
 
-@pytest.mark.parametrize("script", ["finetune.py", "evaluate.py"])
+# ---------------------------------------------------------------------------------------------- pre-training
+
+SHORT = ["--epochs", "2", "--limit-train", "40", "--limit-val", "8", "--batch-size", "8", "--micro-batch", "4"]
+
+
+def test_pretraining_hands_its_encoder_to_finetuning(tmp_path):
+    run(tmp_path, "pretrain.py", *SHORT, "--drop-path", "0.1", "--mixup", "0.8", "--cutmix", "1")
+    out = tmp_path / "runs" / "pretrain-tiny-shapes"
+    assert {p.name for p in out.iterdir()} == {"args.json", "log.jsonl", "curves.png", "last.pt", "best.pt",
+                                               "predictions.png"}
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [e["epoch"] for e in log if "top1" in e] == [1, 2]
+    done = run(tmp_path, "finetune.py", *FAST, "--epochs", "1", "--pretrained", out / "last.pt")
+    assert "encoder; starting fresh: queries, adaptor, class_head, box_head" in done.stdout
+    refused(tmp_path, "finetune.py", "--out", "x", "--layout", "released", "--pretrained", out / "last.pt",
+            says="paper layout")
+    refused(tmp_path, "pretrain.py", "--out", "x", "--variant", "lite", "--init", out / "last.pt",
+            says="variant tiny")
+    refused(tmp_path, "evaluate.py", out / "last.pt", says="holds no detector")
+
+
+def test_a_resumed_pretraining_ends_with_the_same_weights(tmp_path):
+    flags = [*SHORT, "--drop-path", "0.2", "--mixup", "0.8", "--repeats", "3", "--augment", "deit"]
+    run(tmp_path, "pretrain.py", *flags, "--out", "whole")
+    run(tmp_path, "pretrain.py", *flags, "--out", "cut", "--schedule", "cosine", "--epochs", "2")
+    script = ("import sys, engine, pretrain; save = engine.save_checkpoint\n"
+              "def cut(path, content):\n    save(path, content)\n    sys.exit(9) if path.name == 'last.pt' "
+              "else None\n"
+              f"engine.save_checkpoint = cut; sys.path.insert(0, {str(ROOT)!r}); pretrain.main()")
+    done = subprocess.run([sys.executable, "-c", script, *flags, "--out", "cut", "--overwrite"], cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 9, done.stderr
+    run(tmp_path, "pretrain.py", *flags, "--out", "cut", "--resume")
+    whole, cut = (engine.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    assert whole["step"] == cut["step"] == 10
+    assert all(torch.equal(v, cut["model"][k]) for k, v in whole["model"].items())
+
+
+def test_two_processes_pretrain_as_one(tmp_path):
+    flags = [*SHORT, "--mixup", "0.8", "--cutmix", "1", "--smoothing", "0.1"]
+    run(tmp_path, "pretrain.py", *flags, "--out", "one")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                           "--master-port=29518", str(ROOT / "pretrain.py"), *flags, "--out", "two"],
+                          cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()]
+            for n in ("one", "two")]
+    assert len(logs[0]) == len(logs[1]) == 4
+    for one, two in zip(*logs):
+        for key in [k for k in one if k in ("loss", "train_top1", "top1", "top5")]:
+            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-4)
+
+
+def test_compiled_pretraining_of_a_folder_with_the_semantic_softmax(tmp_path):
+    for split in ("train", "val"):
+        for i, name in enumerate(("n1", "n2", "n3")):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for k in range(4):
+                Image.effect_noise((80, 70), 20 + 40 * i).save(tmp_path / "data" / split / name / f"{k}.jpg")
+    (tmp_path / "is_a.txt").write_text("n1 n2\nroot n1\nroot n3\n")
+    (tmp_path / "classes.txt").write_text("n1\nn2\nn3\n")
+    run(tmp_path, "pretrain.py", "--build-tree", "tree.json", "--is-a", "is_a.txt", "--classes", "classes.txt")
+    flags = ["--data", "data", "--image-size", "64", "--mixup", "0", "--cutmix", "0", "--batch-size", "4",
+             "--workers", "0", "--epochs", "2", "--warmup-epochs", "1"]
+    done = run(tmp_path, "pretrain.py", *flags, "--tree", "tree.json", "--augment", "21k", "--out", "a")
+    assert "semantic_top1" in done.stdout
+
+    # ------------------------------------------------------------------------------ bad input of this kind
+    (tmp_path / "four.json").write_text(json.dumps({"class_tree_list": [[0], [1, 0], [2], [3]]}))
+    refused(tmp_path, "pretrain.py", *flags, "--tree", "four.json", says="has 4 classes")
+    val = tmp_path / "data" / "val"
+    (val / "n3" / "0.jpg").write_text("no picture")
+    refused(tmp_path, "pretrain.py", *flags, says="0.jpg is no image")
+    (val / "n3").rename(val / "n4")
+    refused(tmp_path, "pretrain.py", *flags, says="different class folders: n3, n4")
+    (val / "n3").mkdir()
+    refused(tmp_path, "pretrain.py", *flags, says="n3 is empty")
+    refused(tmp_path, "pretrain.py", "--data", "imagenet", says="imagenet/train is missing")
+    assert "needs --tree" in run(tmp_path, "pretrain.py", "--data", "imagenet21k", code=2).stderr
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "evaluate.py"])
 def test_help_is_documentation(tmp_path, script):
     assert len(run(tmp_path, script, "--help").stdout.splitlines()) > 40

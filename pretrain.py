@@ -1,0 +1,434 @@
+"""Stage 1: pre-training of the whole encoder on image classification (Section 3.2, 4.1 and A.3).
+
+    python pretrain.py                                                the embedded data, minutes on a laptop
+    torchrun --nproc_per_node=8 pretrain.py --variant lite --data imagenet       the paper's recipe, DeiT's
+    python pretrain.py --data path/to/folder                          any folder with a folder of images per
+    class
+    python pretrain.py --data imagenet21k --variant base --init runs/pretrain-base-imagenet/last.pt --tree
+    T.json python pretrain.py --build-tree T.json --is-a is_a.txt --classes synsets.txt  the tree of the
+    semantic softmax
+
+`finetune.py --pretrained` takes the encoder from the last.pt that this leaves. The authors released nothing
+of this stage: it follows the paper, DeiT (Touvron et al. 2021) and, for ImageNet-21k-P, Ridnik et al. 2021.
+"""
+import argparse
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import engine
+from augment import mix, smooth_targets
+from data import ClassificationSet, ClassificationTransform, classification_set, to_image
+from evaluate import grid
+from model import VARIANTS, Classifier, InputError
+from released import released_layout
+
+
+# ---------------------------------------------------------------- semantic softmax (Ridnik et al. 2021, A.3)
+
+@dataclass
+class Tree:
+    """The classes' hierarchy. A class's level is the number of its ancestors that are classes themselves."""
+    columns: list[Tensor]   # per level with two or more classes: these classes' indices, (n_k,) int64
+    # (N, levels) int64: place, within its level's columns, of each class's ancestor (or
+    targets: Tensor
+    #                         itself) there; -1 if it has none
+    weights: list[float]    # W_k of each level
+
+    def to(self, device: torch.device) -> "Tree":
+        return Tree([c.to(device) for c in self.columns], self.targets.to(device), self.weights)
+
+
+def load_tree(path: str | Path) -> Tree:
+    """Reads {"class_tree_list": [[class, its nearest ancestor that is a class, ..., root], ...]}, the format
+    of the authors of ImageNet-21k-P and of --build-tree. InputError if it is not that."""
+    try:
+        chains = json.loads(Path(path).read_text())["class_tree_list"]
+        levels = [len(chain) - 1 for chain in chains]
+        if not all(type(c) is int and 0 <= c < len(chains) for chain in chains for c in chain):
+            raise ValueError("an index outside of the classes")
+        if any(chain[0] != i or (chain[1:] and chain[1:] != chains[chain[1]]) for i,
+               chain in enumerate(chains)):
+            raise ValueError("a chain that is not its class followed by the chain of its parent")
+    except FileNotFoundError:
+        raise InputError(f"tree {path} is missing: make it with --build-tree") from None
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
+        raise InputError(f"tree {path} is not {{\"class_tree_list\": [[class, parent, ..., root], ...]}}: "
+                         f"{type(e).__name__} {e}") from None
+    columns = [[c for c, level in enumerate(levels) if level == k] for k in range(max(levels) + 1)]
+    place = {c: i for classes in columns for i, c in enumerate(classes)}
+    kept = [k for k, classes in enumerate(columns) if len(classes) > 1]
+    targets = torch.full((len(chains), len(kept)), -1)
+    for i, chain in enumerate(chains):
+        for c in chain:
+            if levels[c] in kept:
+                targets[i, kept.index(levels[c])] = place[c]
+    # N_0 / N_k, N_k the classes of level k or deeper: deep levels, which few images reach, count more, up to
+    # 20 times. In float32, as theirs, whose losses we match.
+    counts = [sum(level >= k for level in levels) for k in kept]
+    weights = (torch.tensor(len(levels), dtype=torch.float32) / torch.tensor(counts)).clamp(max=20)
+    return Tree([torch.tensor(columns[k]) for k in kept], targets, weights.tolist())
+
+
+def semantic_softmax_loss(logits: Tensor, target: Tensor, tree: Tree, smoothing: float = 0.2) -> Tensor:
+    """One softmax per level of the tree: sum_k W_k CE_k, where CE_k is the cross-entropy among the classes
+    of level k, with label smoothing, of those images whose class reaches that level, over *all* images.
+
+    logits: (B, N). target: (B,) int64 -> scalar.
+    """
+    loss = 0
+    for k, (columns, weight) in enumerate(zip(tree.columns, tree.weights)):
+        place = tree.targets[target, k]  # (B,)
+        log_p = logits[:, columns].float().log_softmax(-1) if logits.dtype.itemsize < 4 else \
+            logits[:, columns].log_softmax(-1)  # (B, n_k)
+        picked = log_p.gather(1, place.clamp(min=0)[:, None])[:, 0]
+        losses = -(1 - smoothing) * picked - smoothing * log_p.mean(-1)
+        loss = loss + weight * losses[place >= 0].sum() / len(target)
+    return loss
+
+
+def semantic_accuracy(logits: Tensor, target: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
+    """(right, asked): in how many of all (image, level) pairs with a target the best class of that level is
+    the right one, and how many pairs there are. Their quotient is the semantic top-1 accuracy."""
+    right = asked = torch.zeros((), dtype=torch.int64, device=logits.device)
+    for k, columns in enumerate(tree.columns):
+        place = tree.targets[target, k]
+        right = right + (logits[:, columns].argmax(-1) == place).sum()  # -1 is never the best
+        asked = asked + (place >= 0).sum()
+    return right, asked
+
+
+def build_tree(is_a: Path, classes: Path, out: Path) -> str:
+    """Writes the json that load_tree reads, from WordNet's is_a list (a line "parent child" each; of several
+    parents the last one counts, as in the original tree) and a file with a class (a WordNet id) per line."""
+    def lines(path: Path) -> list[list[str]]:
+        try:
+            return [words for line in path.read_text().splitlines() if (words := line.split())]
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"{path} cannot be read: {e}") from None
+    parents = {}
+    for words in lines(is_a):
+        if len(words) != 2:
+            raise InputError(f"{is_a} is no is_a list: needed are lines of two WordNet ids, not "
+                             f"{' '.join(words)[:60]!r}")
+        parents[words[1]] = words[0]
+    names = sorted({words[0] for words in lines(classes)})
+    index, chains = {name: i for i, name in enumerate(names)}, []
+    for name in names:
+        chain, seen = [index[name]], {name}
+        while (name := parents.get(name)) is not None:
+            if name in seen:
+                raise InputError(f"{is_a} has a circle through {name}")
+            seen.add(name)
+            if name in index:
+                chain.append(index[name])
+        chains.append(chain)
+    if len(names) < 2 or max(map(len, chains)) < 2:
+        raise InputError(f"none of the {len(names)} classes of {classes} is below another in {is_a}: they "
+                         f"do not "
+                         "belong together")
+    out.write_text(json.dumps({"class_list": names, "class_tree_list": chains}))
+    return f"{out}: {len(names)} classes, {max(map(len, chains))} levels"
+
+
+# ---------------------------------------------------------------------------------------------------- recipe
+
+# What ImageNet-21k-P (A.3; Ridnik et al. 2021) and the embedded data change in the recipe of ImageNet-1k.
+RECIPE_21K = dict(variant="base", epochs=80, batch_size=4096, lr=3e-4, weight_decay=1e-4,
+                  schedule="one-cycle",
+                  augment="21k", repeats=1, mixup=0.0, cutmix=0.0, smoothing=0.2, drop_path=0.0)
+SHAPES_RECIPE = dict(epochs=6, batch_size=32, micro_batch=32, lr=1e-3, schedule="one-cycle", image_size=64,
+                     augment="flip", repeats=1, mixup=0.0, cutmix=0.0, drop_path=0.0, workers=0,
+                     eval_every=1)
+
+
+def parse() -> argparse.Namespace:
+    def listed(recipe):
+        return ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in recipe.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"The defaults are the paper's for ImageNet-1k. With --data imagenet21k they are instead: "
+        f"{listed(RECIPE_21K)}. With --data shapes: {listed(SHAPES_RECIPE)}")
+    engine.add_run_flags(parser)
+    engine.add_data_flags(parser, "shapes (generated, no download), imagenet, imagenet21k, or any "
+                                  "folder with "
+                          "train/ and val/, each with a folder of images per class",
+                          "where imagenet or imagenet21k lies (default: data/imagenet, data/imagenet21k)")
+    parser.add_argument("--init", help="checkpoint of pretrain.py to start from (A.3: ImageNet-1k's "
+                                       "before 21k)")
+    parser.add_argument("--augment", choices=("deit", "21k", "flip", "none"), default="deit",
+                        help="deit: random crop, flip, RandAugment, random erasing; 21k: Cutout, "
+                             "RandAugment")
+    parser.add_argument("--repeats", type=engine.positive, default=3,
+                        help="repeated augmentation: an epoch shows a third of the images, three times each")
+    parser.add_argument("--erasing", type=engine.fraction, default=0.25,
+                        help="probability of random erasing")
+    parser.add_argument("--mixup", type=engine.rate, default=0.8, help="alpha of mixup; 0 for none")
+    parser.add_argument("--cutmix", type=engine.rate, default=1.0, help="alpha of CutMix; 0 for none")
+    parser.add_argument("--smoothing", type=engine.fraction, default=0.1, help="label smoothing")
+    parser.add_argument("--drop-path", type=engine.fraction, default=0.1,
+                        help="stochastic depth, last layer")
+    parser.add_argument("--tree", type=Path, help="train with the semantic softmax over this tree (A.3)")
+    parser.add_argument("--schedule", choices=("cosine", "one-cycle"), default="cosine",
+                        help="cosine: after a warm-up, by epochs, as DeiT; one-cycle: by steps, as "
+                             "ImageNet-21k-P")
+    parser.add_argument("--warmup-epochs", type=engine.natural, default=5, help="of cosine")
+    parser.add_argument("--warmup-lr", type=engine.rate, default=1e-6, help="where cosine's warm-up starts")
+    parser.add_argument("--min-lr", type=engine.rate, default=1e-5, help="where cosine ends")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model: slower start, "
+                                                               "faster steps")
+    parser.add_argument("--eval-every", type=engine.positive, default=1, help="epochs between evaluations")
+    tools = parser.add_argument_group("making the tree, instead of training")
+    tools.add_argument("--build-tree", type=Path, metavar="TREE.json", help="write a tree for --tree "
+                                                                            "and stop")
+    tools.add_argument("--is-a", type=Path, help="WordNet's is_a list: lines of parent and child")
+    tools.add_argument("--classes", type=Path, help="file with a WordNet id per line")
+    # 4.1: lr 5e-4 at batch 1024. DeiT's own rule, 5e-4 * batch / 512, would give 1e-3: we follow the paper.
+    parser.set_defaults(epochs=300, batch_size=1024, micro_batch=128, lr=5e-4, weight_decay=0.05,
+                        image_size=224)
+    known, _ = parser.parse_known_args()
+    parser.set_defaults(**{"shapes": SHAPES_RECIPE, "imagenet21k": RECIPE_21K}.get(known.data, {}))
+    args = parser.parse_args()
+    if args.image_size < 64:
+        parser.error("--image-size must be 64 or more: the coarsest tokens are 64 pixels wide")
+    if args.build_tree and not (args.is_a and args.classes):
+        parser.error("--build-tree needs --is-a and --classes")
+    if args.data == "imagenet21k" and not (args.tree or args.build_tree):
+        parser.error("--data imagenet21k needs --tree: make one with --build-tree (A.3 trains with it)")
+    if args.tree and (args.mixup or args.cutmix):
+        parser.error("--tree needs --mixup 0 --cutmix 0: the semantic softmax has one label per image")
+    return args
+
+
+def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int) -> float:
+    """At `step`, counted from 0 over the whole run.
+
+    cosine (DeiT): constant within an epoch t; warm-up linear in t, then min + (lr - min)(1 + cos(pi t /
+    epochs)) / 2. one-cycle (Smith and Topin 2019, as Ridnik et al. use torch's OneCycleLR): from lr / 20 up
+    by a cosine in the first tenth of the steps, then down by one to lr / 200,000.
+    """
+    def cosine(start, end, progress):
+        return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+    if args.schedule == "cosine":
+        epoch = step // steps_per_epoch
+        if epoch < args.warmup_epochs:
+            return args.warmup_lr + (args.lr - args.warmup_lr) * epoch / args.warmup_epochs
+        return cosine(args.lr, args.min_lr, epoch / args.epochs)
+    top, last = 0.1 * args.epochs * steps_per_epoch - 1, args.epochs * steps_per_epoch - 1
+    if step < top:
+        return cosine(args.lr / 20, args.lr, step / top)
+    return cosine(args.lr, args.lr / 20 / 1e4, (step - top) / (last - top) if last > top else 1)
+
+
+class RepeatedSampler(engine.BatchSampler):
+    """Repeated augmentation (Berman et al. 2019, as DeiT has it): every image of a shuffled order `repeats`
+    times in a row, but only as many as one epoch of single images has, rounded down to a multiple of 256.
+    With repeats
+    1: plain shuffling. A batch of which nothing is left to fill it is dropped, if there is another.
+
+    A copy of image i has the index i + copy * length. A process gets positions p and B - 1 - p of a batch of
+    B together, since these two are mixed.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, repeats: int):
+        super().__init__(length, batch_size, seed)
+        self.repeats = repeats
+        self.used = length // 256 * 256 if repeats > 1 and length >= 256 else length
+
+    def __len__(self) -> int:
+        return max(1, self.used // self.batch_size)
+
+    def __iter__(self):
+        order = self.order()[:, None] + torch.arange(self.repeats) * self.length  # (length, repeats)
+        for batch in order.flatten()[:self.used].split(self.batch_size)[:len(self)]:
+            position = torch.arange(len(batch))
+            pair = torch.minimum(position, len(batch) - 1 - position)
+            yield batch[pair % engine.world_size() == engine.rank()].tolist()
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+def train_step(model, optimizer, images: Tensor, labels: Tensor, num_classes: int, rng: np.random.Generator,
+               tree: Tree | None, args: argparse.Namespace) -> dict[str, Tensor]:
+    """One step on this process's share of a batch. Returns its share of the loss and of the right
+    answers."""
+    targets = None
+    if tree is None:
+        targets = smooth_targets(labels, num_classes, args.smoothing)
+        # of the whole share: not per part
+        images, targets = mix(images, targets, rng, args.mixup, args.cutmix)
+    total = engine.sum_over_processes(len(images), images.device)
+    optimizer.zero_grad(set_to_none=True)
+    sums = {"loss": torch.zeros((), device=images.device), "right": torch.zeros((), device=images.device)}
+    for part in torch.arange(len(images), device=images.device).split(args.micro_batch):
+        with engine.autocast(args, images.device):
+            logits = model(images[part])
+        if tree is None:
+            loss = -(targets[part] * logits.float().log_softmax(-1)).sum() / total
+        else:
+            loss = semantic_softmax_loss(logits, labels[part], tree, args.smoothing) * len(part) / total
+        loss.backward()
+        sums["loss"] += loss.detach()
+        sums["right"] += (logits.argmax(-1) == labels[part]).sum() / total
+    engine.sum_gradients(model)
+    optimizer.step()
+    return sums
+
+
+@torch.no_grad()
+def evaluate(model: Classifier, dataset: ClassificationSet, tree: Tree | None, args: argparse.Namespace,
+             device: torch.device) -> dict[str, float]:
+    """{"top1", "top5"} and, with a tree, {"semantic_top1"}, in [0, 1], on the middle of every image."""
+    model.eval()
+    share = torch.utils.data.Subset(dataset, range(engine.rank(), len(dataset), engine.world_size()))
+    counts = torch.zeros(4, device=device)
+    for images, labels in DataLoader(share, args.micro_batch, num_workers=args.workers):
+        images, labels = images.to(device), labels.to(device)
+        with engine.autocast(args, device):
+            logits = model(images)
+        best = logits.topk(min(5, logits.shape[1]), -1).indices == labels[:, None]
+        counts += torch.stack([best[:, 0].sum(), best.sum(), *(
+            semantic_accuracy(logits, labels, tree) if tree else torch.zeros(2, device=device))])
+    top1, top5, right, asked = engine.sum_over_processes(counts, device).tolist()
+    scores = {"top1": top1 / len(dataset), "top5": top5 / len(dataset)}
+    return {**scores, "semantic_top1": right / max(asked, 1)} if tree else scores
+
+
+@torch.no_grad()
+def picture_predictions(model: Classifier, dataset: ClassificationSet, device: torch.device, count: int = 16):
+    """A sheet of pictures from all over the set, each with its best class and that class's probability, a
+    wrong one in red with the right one."""
+    pictures = []
+    for i in range(0, len(dataset), max(1, len(dataset) // count))[:count]:
+        pixels, label = dataset[i]
+        p, best = model(pixels[None].to(device)).softmax(-1)[0].max(0)
+        names, right = dataset.classes, best.item() == label
+        text = f"{names[best]} {p:.2f}" + ("" if right else f", not {names[label]}")
+        picture = to_image(pixels).resize((256, 256), Image.Resampling.BICUBIC)
+        ImageDraw.Draw(picture).rectangle((0, 232, 256, 256), fill="black")
+        ImageDraw.Draw(picture).text((6, 236), text[:40], fill="white" if right else "tomato",
+                                     font=ImageFont.load_default(14))
+        pictures.append(picture)
+    return grid(pictures, cell=264)
+
+
+def prepare(args: argparse.Namespace, device: torch.device):
+    """Everything that can fail on bad input, before anything is written: data, tree, model, weights."""
+    train, val = (classification_set(
+        args.data, split, ClassificationTransform(args.image_size, kind, args.erasing),
+                                     args.data_root, limit, args.seed)
+                  for split, kind, limit in (("train", args.augment, args.limit_train),
+                                             (args.split, "none", args.limit_val)))
+    if train.classes != val.classes:
+        raise InputError(f"{train.name} and {val.name} have different class folders: "
+                         f"{', '.join(sorted(set(train.classes) ^ set(val.classes)))[:200]}")
+    tree = load_tree(args.tree).to(device) if args.tree else None
+    if tree and len(tree.targets) != len(train.classes):
+        raise InputError(f"tree {args.tree} has {len(tree.targets)} classes, {train.name} has "
+                         f"{len(train.classes)}: "
+                         "build the tree from the list of just these classes")
+    model = Classifier(replace(VARIANTS[args.variant], drop_path=args.drop_path), len(train.classes))
+    if args.layout == "released":
+        model = released_layout(model)
+    state = engine.load_resumed(args, "pretrain", train.classes) if args.resume else None
+    if state:
+        model.load_state_dict(state["model"])
+    elif args.init:
+        message = engine.load_pretrained(model, args.layout, args.init)
+        if not engine.rank():
+            print(message)
+    engine.check_images(train, val)
+    model.to(device)
+    engine.broadcast_weights(model)
+    return train, val, tree, model, state
+
+
+def train_epoch(model, optimizer, loader: DataLoader, train: ClassificationSet, tree, epoch: int, args,
+                device, run,
+                bar: tqdm) -> int:
+    """One epoch; logs every tenth step. Returns the number of steps since the start of the run."""
+    model.train()
+    engine.seed_epoch(args.seed, epoch)
+    steps, meters = len(loader), engine.Mean()
+    for step, (images, labels) in enumerate(loader, start=epoch * steps):
+        lr = learning_rate(args, step, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # the same in every process, and for every part of the batch
+        rng = np.random.default_rng((args.seed, epoch, step, 1))
+        meters.add(train_step(model, optimizer, images.to(device, non_blocking=True),
+                              labels.to(device, non_blocking=True), len(train.classes), rng, tree, args))
+        bar.update(min(args.batch_size, loader.batch_sampler.used))
+        if (step + 1) % 10 == 0 or step % steps == steps - 1:
+            means = meters.take()
+            if not math.isfinite(means["loss"]):
+                raise InputError(f"the loss became {means['loss']} in epoch {epoch + 1}, step "
+                                 f"{step + 1}: try a "
+                                 "lower --lr; the last checkpoint is untouched")
+            run.log(epoch=epoch + 1, step=step + 1, loss=means["loss"], train_top1=means["right"], lr=lr)
+            bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
+    return (epoch + 1) * steps
+
+
+def main() -> None:
+    args = parse()
+    if args.build_tree:
+        print(build_tree(args.is_a, args.classes, args.build_tree))
+        return
+    device = engine.setup(args)
+    run = engine.Run(args, "pretrain")
+    args.out = run.folder
+    train, val, tree, model, state = prepare(args, device)
+    optimizer = torch.optim.AdamW(engine.parameter_groups(model, args.lr, {}, decay_vectors=False),
+                                  lr=args.lr,
+                                  betas=(0.9, 0.999), weight_decay=args.weight_decay)
+    sampler = RepeatedSampler(len(train), args.batch_size, args.seed, args.repeats)
+    loader = DataLoader(train, batch_sampler=sampler, num_workers=args.workers,
+                        pin_memory=device.type == "cuda")
+    run.open(args)
+    start, best, scores = 0, -1.0, {}
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        start, best, scores = state["epoch"], state["best"], state["scores"]
+        run.rewind(state["step"])
+    forward = torch.compile(model) if args.compile else model
+
+    per_epoch = len(loader) * min(args.batch_size, sampler.used)
+    bar = tqdm(total=args.epochs * per_epoch, initial=start * per_epoch, unit="img", smoothing=0.05,
+               mininterval=1,
+               disable=engine.rank() > 0, desc=f"pre-training {args.variant} on {train.name}")
+    for epoch in range(start, args.epochs):
+        sampler.epoch = train.epoch = epoch
+        step = train_epoch(forward, optimizer, loader, train, tree, epoch, args, device, run, bar)
+        checkpoint = engine.describe(model, args, train.classes, "pretrain")
+        if new := (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+            scores = evaluate(forward, val, tree, args, device)
+            run.log(epoch=epoch + 1, step=step, **scores)
+            run.curves(tuple(scores))
+            if not engine.rank():
+                picture_predictions(model, val, device).save(run.folder / "predictions.png")
+                bar.write(f"epoch {epoch + 1}: " + ", ".join(f"{k} {100 * v:.1f}" for k,
+                                                             v in scores.items()))
+            if scores["top1"] > best:
+                best = scores["top1"]
+                engine.save_checkpoint(run.folder / "best.pt", checkpoint)
+        if new or run.seconds_since_save() > 60:
+            run.save({**checkpoint, "optimizer": optimizer.state_dict(), "epoch": epoch + 1, "step": step,
+                      "best": best, "scores": scores})
+    bar.close()
+    if not engine.rank():
+        print(f"{val.name}, {len(val)} images, {run.minutes()}: "
+              + ", ".join(f"{k} {100 * v:.1f} %" for k, v in scores.items()) + f"; everything of this run: "
+                                                                               f"{run.folder}")
+
+
+if __name__ == "__main__":
+    engine.run_script(main)
