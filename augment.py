@@ -46,8 +46,8 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 # ----------------------------------------------------------------------------------------------- RandAugment
-# Each operation: (picture, level v in [0, 10], random sign) -> picture. "Increasing": a higher level is always
-# a stronger change.
+# Each operation: (picture, level v in [0, 10], random sign) -> picture. "Increasing": a higher level
+# is always a stronger change.
 
 def transform(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=BICUBIC, fillcolor=FILL)

@@ -409,7 +409,8 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not args.resume:
-                for name in ("log.jsonl", "last.pt", "best.pt", "curves.png", "detections.png", "predictions.png"):
+                for name in ("log.jsonl", "last.pt", "best.pt", "curves.png", "detections.png",
+                             "predictions.png"):
                     (self.folder / name).unlink(missing_ok=True)
             (self.folder / "args.json").write_text(json.dumps(vars(args), indent=1, default=str))
         except OSError as e:

@@ -298,7 +298,8 @@ def main() -> None:
             if metrics["AP"] > best:
                 best = metrics["AP"]
                 engine.save_checkpoint(run.folder / "best.pt", checkpoint)
-        if metrics_are_new or run.seconds_since_save() > 60:  # epochs of a tiny set may last less than a save
+        # epochs of a tiny set may last less than a save
+        if metrics_are_new or run.seconds_since_save() > 60:
             run.save({**checkpoint, "optimizer": optimizer.state_dict(), "epoch": epoch + 1, "step": step,
                       "best": best, "metrics": metrics})
     bar.close()

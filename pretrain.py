@@ -12,9 +12,9 @@
 of this stage: it follows the paper, DeiT (Touvron et al. 2021) and, for ImageNet-21k-P, Ridnik et al. 2021.
 """
 import argparse
-import json
 import math
-from dataclasses import dataclass, replace
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,113 +30,7 @@ from data import ClassificationSet, ClassificationTransform, classification_set,
 from evaluate import grid
 from model import VARIANTS, Classifier, InputError
 from released import released_layout
-
-
-# ---------------------------------------------------------------- semantic softmax (Ridnik et al. 2021, A.3)
-
-@dataclass
-class Tree:
-    """The classes' hierarchy. A class's level is the number of its ancestors that are classes themselves."""
-    columns: list[Tensor]   # per level with two or more classes: these classes' indices, (n_k,) int64
-    # (N, levels) int64: place, within its level's columns, of each class's ancestor (or
-    targets: Tensor
-    #                         itself) there; -1 if it has none
-    weights: list[float]    # W_k of each level
-
-    def to(self, device: torch.device) -> "Tree":
-        return Tree([c.to(device) for c in self.columns], self.targets.to(device), self.weights)
-
-
-def load_tree(path: str | Path) -> Tree:
-    """Reads {"class_tree_list": [[class, its nearest ancestor that is a class, ..., root], ...]}, the format
-    of the authors of ImageNet-21k-P and of --build-tree. InputError if it is not that."""
-    try:
-        chains = json.loads(Path(path).read_text())["class_tree_list"]
-        levels = [len(chain) - 1 for chain in chains]
-        if not all(type(c) is int and 0 <= c < len(chains) for chain in chains for c in chain):
-            raise ValueError("an index outside of the classes")
-        if any(chain[0] != i or (chain[1:] and chain[1:] != chains[chain[1]]) for i,
-               chain in enumerate(chains)):
-            raise ValueError("a chain that is not its class followed by the chain of its parent")
-    except FileNotFoundError:
-        raise InputError(f"tree {path} is missing: make it with --build-tree") from None
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
-        raise InputError(f"tree {path} is not {{\"class_tree_list\": [[class, parent, ..., root], ...]}}: "
-                         f"{type(e).__name__} {e}") from None
-    columns = [[c for c, level in enumerate(levels) if level == k] for k in range(max(levels) + 1)]
-    place = {c: i for classes in columns for i, c in enumerate(classes)}
-    kept = [k for k, classes in enumerate(columns) if len(classes) > 1]
-    targets = torch.full((len(chains), len(kept)), -1)
-    for i, chain in enumerate(chains):
-        for c in chain:
-            if levels[c] in kept:
-                targets[i, kept.index(levels[c])] = place[c]
-    # N_0 / N_k, N_k the classes of level k or deeper: deep levels, which few images reach, count more, up to
-    # 20 times. In float32, as theirs, whose losses we match.
-    counts = [sum(level >= k for level in levels) for k in kept]
-    weights = (torch.tensor(len(levels), dtype=torch.float32) / torch.tensor(counts)).clamp(max=20)
-    return Tree([torch.tensor(columns[k]) for k in kept], targets, weights.tolist())
-
-
-def semantic_softmax_loss(logits: Tensor, target: Tensor, tree: Tree, smoothing: float = 0.2) -> Tensor:
-    """One softmax per level of the tree: sum_k W_k CE_k, where CE_k is the cross-entropy among the classes
-    of level k, with label smoothing, of those images whose class reaches that level, over *all* images.
-
-    logits: (B, N). target: (B,) int64 -> scalar.
-    """
-    loss = 0
-    for k, (columns, weight) in enumerate(zip(tree.columns, tree.weights)):
-        place = tree.targets[target, k]  # (B,)
-        log_p = logits[:, columns].float().log_softmax(-1) if logits.dtype.itemsize < 4 else \
-            logits[:, columns].log_softmax(-1)  # (B, n_k)
-        picked = log_p.gather(1, place.clamp(min=0)[:, None])[:, 0]
-        losses = -(1 - smoothing) * picked - smoothing * log_p.mean(-1)
-        loss = loss + weight * losses[place >= 0].sum() / len(target)
-    return loss
-
-
-def semantic_accuracy(logits: Tensor, target: Tensor, tree: Tree) -> tuple[Tensor, Tensor]:
-    """(right, asked): in how many of all (image, level) pairs with a target the best class of that level is
-    the right one, and how many pairs there are. Their quotient is the semantic top-1 accuracy."""
-    right = asked = torch.zeros((), dtype=torch.int64, device=logits.device)
-    for k, columns in enumerate(tree.columns):
-        place = tree.targets[target, k]
-        right = right + (logits[:, columns].argmax(-1) == place).sum()  # -1 is never the best
-        asked = asked + (place >= 0).sum()
-    return right, asked
-
-
-def build_tree(is_a: Path, classes: Path, out: Path) -> str:
-    """Writes the json that load_tree reads, from WordNet's is_a list (a line "parent child" each; of several
-    parents the last one counts, as in the original tree) and a file with a class (a WordNet id) per line."""
-    def lines(path: Path) -> list[list[str]]:
-        try:
-            return [words for line in path.read_text().splitlines() if (words := line.split())]
-        except (OSError, UnicodeDecodeError) as e:
-            raise InputError(f"{path} cannot be read: {e}") from None
-    parents = {}
-    for words in lines(is_a):
-        if len(words) != 2:
-            raise InputError(f"{is_a} is no is_a list: needed are lines of two WordNet ids, not "
-                             f"{' '.join(words)[:60]!r}")
-        parents[words[1]] = words[0]
-    names = sorted({words[0] for words in lines(classes)})
-    index, chains = {name: i for i, name in enumerate(names)}, []
-    for name in names:
-        chain, seen = [index[name]], {name}
-        while (name := parents.get(name)) is not None:
-            if name in seen:
-                raise InputError(f"{is_a} has a circle through {name}")
-            seen.add(name)
-            if name in index:
-                chain.append(index[name])
-        chains.append(chain)
-    if len(names) < 2 or max(map(len, chains)) < 2:
-        raise InputError(f"none of the {len(names)} classes of {classes} is below another in {is_a}: they "
-                         f"do not "
-                         "belong together")
-    out.write_text(json.dumps({"class_list": names, "class_tree_list": chains}))
-    return f"{out}: {len(names)} classes, {max(map(len, chains))} levels"
+from semantic import Tree, build_tree, load_tree, semantic_accuracy, semantic_softmax_loss
 
 
 # ---------------------------------------------------------------------------------------------------- recipe
@@ -186,6 +80,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile the model: slower start, "
                                                                "faster steps")
     parser.add_argument("--eval-every", type=engine.positive, default=1, help="epochs between evaluations")
+    parser.add_argument("--benchmark", action="store_true",
+                        help="measure the loader and the training step instead of training")
     tools = parser.add_argument_group("making the tree, instead of training")
     tools.add_argument("--build-tree", type=Path, metavar="TREE.json", help="write a tree for --tree "
                                                                             "and stop")
@@ -303,7 +199,8 @@ def evaluate(model: Classifier, dataset: ClassificationSet, tree: Tree | None, a
 
 
 @torch.no_grad()
-def picture_predictions(model: Classifier, dataset: ClassificationSet, device: torch.device, count: int = 16):
+def picture_predictions(model: Classifier, dataset: ClassificationSet, device: torch.device,
+                        count: int = 16) -> Image.Image:
     """A sheet of pictures from all over the set, each with its best class and that class's probability, a
     wrong one in red with the right one."""
     pictures = []
@@ -378,6 +275,40 @@ def train_epoch(model, optimizer, loader: DataLoader, train: ClassificationSet, 
     return (epoch + 1) * steps
 
 
+def benchmark(model, optimizer, loader: DataLoader, train: ClassificationSet, tree, args, device,
+              seconds: float = 20) -> str:
+    """Images per second of the loader alone, and of training steps on a batch that is already there."""
+    def rate(step) -> float:
+        start = time.perf_counter()
+        images, passed = 0, 0.0
+        while passed < seconds:
+            images += step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            passed = time.perf_counter() - start
+        return images / passed
+
+    def endless():
+        while True:
+            yield from loader
+    batches = endless()
+    for _ in range(1 + loader.prefetch_factor * args.workers if args.workers else 1):
+        images, labels = next(batches)  # what the workers prepare while they start is not counted
+    loading = rate(lambda: len(next(batches)[0]))
+    del batches
+    images, labels = images.to(device), labels.to(device)
+
+    def step() -> int:
+        train_step(model, optimizer, images.clone(), labels, len(train.classes), np.random.default_rng(0),
+                   tree, args)
+        return len(images)
+    model.train()
+    step()  # warms up
+    return (f"loader: {loading:.1f} images/s with {args.workers or 1} process(es); training step: "
+            f"{rate(step):.1f} images/s on {device} ({args.variant}, {args.image_size} pixels, micro-batch "
+            f"{args.micro_batch}, --amp {args.amp})")
+
+
 def main() -> None:
     args = parse()
     if args.build_tree:
@@ -393,6 +324,9 @@ def main() -> None:
     sampler = RepeatedSampler(len(train), args.batch_size, args.seed, args.repeats)
     loader = DataLoader(train, batch_sampler=sampler, num_workers=args.workers,
                         pin_memory=device.type == "cuda")
+    if args.benchmark:
+        print(benchmark(model, optimizer, loader, train, tree, args, device))
+        return
     run.open(args)
     start, best, scores = 0, -1.0, {}
     if state:

@@ -11,6 +11,7 @@ from PIL import Image
 
 import engine
 import pretrain
+
 from data import ClassificationTransform, classification_set, image_folder
 from model import VARIANTS, Classifier, Detector, DropPath, InputError
 from pretrain import RepeatedSampler, load_tree, semantic_softmax_loss
