@@ -63,7 +63,7 @@ OPERATIONS = {
     "Invert": lambda image, v, sign: ImageOps.invert(image),
     "Rotate": lambda image, v, sign: image.rotate(sign * 3 * v, resample=BICUBIC, fillcolor=FILL),
     # keeps the highest 4 - int(0.4 v) bits
-    "Posterize": lambda image, v, sign: image.point([x >> 4 + int(0.4 * v) << 4 + int(0.4 * v)
+    "Posterize": lambda image, v, sign: image.point([(x >> (4 + int(0.4 * v))) << (4 + int(0.4 * v))
                                                      for x in range(256)] * 3),
     "Solarize": lambda image, v, sign: ImageOps.solarize(image, 256 - int(25.6 * v)),
     "SolarizeAdd": lambda image, v, sign: image.point([min(255, x + int(11 * v)) if x < 128 else x
@@ -135,7 +135,8 @@ def mix(images: Tensor, targets: Tensor, rng: np.random.Generator, mixup: float 
 
     Mixup blends: lambda x + (1 - lambda) partner (Zhang et al. 2018). CutMix pastes a box of the partner, of
     relative side sqrt(1 - lambda) around a uniform centre, clipped; lambda is then what the box really
-    leaves (Yun et al. 2019).
+    leaves (Yun et al. 2019). DeiT draws once per process, pretrain.py once per total batch, so that the
+    number of processes does not matter.
 
     Args:
         images: (B, 3, H, W). targets: (B, K) soft. mixup, cutmix: alpha, 0 for never.

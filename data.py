@@ -193,10 +193,14 @@ def check_all(check, files: list, name: str) -> None:
     """Calls check(file) -> None or what is wrong, for each file; raises InputError with the first
     complaint."""
     with ThreadPoolExecutor() as pool:  # pillow decodes outside the interpreter's lock
-        for error in tqdm(pool.map(check, files), f"checking {name}", len(files), leave=False, unit="image"):
-            if error:
-                pool.shutdown(cancel_futures=True)
-                raise InputError(error)
+        bar = tqdm(total=len(files), desc=f"checking {name}", leave=False, unit="image")
+        for start in range(0, len(files), 1000):  # ImageNet-21k has 11 million
+            for error in pool.map(check, files[start:start + 1000]):
+                bar.update()
+                if error:
+                    pool.shutdown(cancel_futures=True)
+                    raise InputError(error)
+        bar.close()
 
 
 def pad_batch(samples: list) -> tuple[Tensor, Tensor | None, list[dict]]:
@@ -371,29 +375,30 @@ def shapes_detection(split: str, limit: int | None = None, seed: int = 0, **opti
 
 @dataclass
 class ClassificationTransform:
-    """Picture -> (3, size, size) normalised. `augment`: "deit" (random crop and flip, RandAugment, random
+    """Picture -> (3, size, size) normalised. `kind`: "deit" (random crop and flip, RandAugment, random
     erasing), "21k" (squeezed to the size, Cutout, RandAugment), "flip" (flip only) or "none" (the middle, as
     for evaluation)."""
     size: int = 224
-    augment: str = "none"
+    kind: str = "none"
     erasing: float = 0.25  # probability, of "deit"
     cutout: float = 0.5    # side, of "21k"
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        if self.augment == "deit":
+        if self.kind == "deit":
             image = augment.random_resized_crop(image, self.size, rng)
-        elif self.augment == "21k":
+        elif self.kind == "21k":
             image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
         else:
+            # a picture that already has the size (the embedded data) is taken as it is
             image = augment.centre_crop(image, self.size) if image.size != (self.size,) * 2 else image
-        if self.augment in ("deit", "flip") and rng.random() < 0.5:
+        if self.kind in ("deit", "flip") and rng.random() < 0.5:
             image = ImageOps.mirror(image)
-        if self.augment == "21k":
+        if self.kind == "21k":
             image = augment.cutout(image, rng, self.cutout)
-        if self.augment in ("deit", "21k"):
+        if self.kind in ("deit", "21k"):
             image = augment.rand_augment(image, rng)
         pixels = to_tensor(image)
-        return augment.random_erasing(pixels, rng, self.erasing) if self.augment == "deit" else pixels
+        return augment.random_erasing(pixels, rng, self.erasing) if self.kind == "deit" else pixels
 
 
 class ClassificationSet(Dataset):
@@ -415,7 +420,8 @@ class ClassificationSet(Dataset):
 
     def check_images(self, indices: range | None = None) -> None:
         """Reads the head of every image file (or those of some indices), so that a file that is no image
-        stops a run before its first step. Raises InputError naming the first."""
+        stops a run before its first step; to decode them all, as for detection, would take ImageNet an hour.
+        Raises InputError naming the first."""
         def check(path: Path) -> str | None:
             try:
                 Image.open(path).close()
@@ -442,7 +448,8 @@ def image_folder(folder: Path, limit: int | None = None, **options) -> Classific
         if not files:
             raise InputError(f"class folder {folder / name} is empty: add images or remove it")
         items.append([(Path(f), label) for f in files])
-    turns = [x for turn in itertools.zip_longest(*items) for x in turn if x] if limit else sum(items, [])
+    turns = [x for turn in itertools.zip_longest(*items) for x in turn if x] if limit else list(
+        itertools.chain.from_iterable(items))
     return ClassificationSet(turns[:limit], names, **options)
 
 

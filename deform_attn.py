@@ -15,9 +15,11 @@ FPDETR_DEFORM_ATTN=reference, cpu or cuda forces a path.
     python deform_attn.py --benchmark    times all of them on this machine
 """
 import argparse
+import functools
 import math
 import platform
 import statistics
+import sys
 import time
 import warnings
 
@@ -25,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deform_attn_jit import Family, arch_of, compile_kernel, kernel_serves, launch, load
+from deform_attn_jit import (Family, InputError, arch_of, compile_kernel, forced_path, kernel_serves, launch,
+                             load)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -77,8 +80,8 @@ def ms_deform_attn(value: Tensor, spatial_shapes: list[tuple[int, int]], referen
                          f"should be {expected[0]}, {expected[1]} and {expected[2]} for a value "
                          f"{tuple(value.shape)}")
     inputs = value, reference_points, sampling_offsets, attention_logits
-    one_device = all(x.device == value.device for x in inputs)
-    if one_device and kernel_serves(value.device, *(x.dtype for x in inputs), S, C, M, L, P):
+    fits = S < 2**26 and all(x.device == value.device for x in inputs)
+    if fits and kernel_serves(value.device, *(x.dtype for x in inputs), C, M, L, P):
         return kernel_forward(*inputs, [n for shape in spatial_shapes for n in shape])
     return ms_deform_attn_reference(value, spatial_shapes, reference_points, sampling_offsets,
                                     attention_logits)
@@ -95,9 +98,10 @@ def ms_deform_attn_reference(value: Tensor, spatial_shapes: list[tuple[int, int]
     output = value.new_zeros(B * M, C, Q, dtype=maps[0].dtype)
     for level, (h, w) in enumerate(spatial_shapes):
         maps_l = maps[level].permute(0, 2, 3, 1).reshape(B * M, C, h, w)
-        reference = at_least_float32(reference_points)[:, :, None, level, None]
-        # (B, Q, M, P, 2)
-        location = reference + sampling_offsets[:, :, :, level] / reference.new_tensor([w, h])
+        # (B, Q, M, P, 2). Divided by Python numbers: a tensor of them would be a copy to the GPU.
+        x, y = sampling_offsets[:, :, :, level].unbind(-1)
+        location = (at_least_float32(reference_points)[:, :, None, level, None]
+                    + torch.stack([at_least_float32(x) / w, at_least_float32(y) / h], -1))
         # (B * M, Q, P, 2), grid_sample counts from -1 to 1
         grid = (2 * location - 1).transpose(1, 2).flatten(0, 1)
         sampled = F.grid_sample(maps_l, grid.to(maps_l.dtype), mode="bilinear", padding_mode="zeros",
@@ -161,8 +165,10 @@ def _backward(ctx, grad_output):
     grad_value, grad_offset, grad_logit = kernel_backward(grad_output, *ctx.saved_tensors, ctx.shapes)
     grad_reference = None
     if ctx.needs_input_grad[1]:  # a reference point moves all of its samples, by (W_l, H_l) pixels per unit
-        size = reference.new_tensor([[w, h] for h, w in zip(ctx.shapes[::2], ctx.shapes[1::2])])  # (L, 2)
-        grad_reference = torch.einsum("bqmlpx,lx->bqlx", grad_offset.to(reference.dtype), size)
+        moved = grad_offset.sum((2, 4), dtype=torch.promote_types(reference.dtype, torch.float32))
+        levels = zip(moved.unbind(2), ctx.shapes[::2], ctx.shapes[1::2])  # (B, Q, 2), H_l, W_l
+        scaled = [torch.stack([g[..., 0] * w, g[..., 1] * h], -1) for g, h, w in levels]
+        grad_reference = torch.stack(scaled, 2).to(reference.dtype)
     return grad_value, grad_reference, grad_offset, grad_logit, None
 
 
@@ -250,9 +256,14 @@ def stacked_formulation(value: Tensor, spatial_shapes: list[tuple[int, int]], re
 def materialised(spatial_shapes: list[tuple[int, int]], reference_points: Tensor, sampling_offsets: Tensor,
                  attention_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Operators without fusion take these: locations (B, Q, M, L, P, 2) in [0, 1], softmaxed weights."""
-    size = reference_points.new_tensor([[w, h] for h, w in spatial_shapes])  # (L, 2)
-    locations = reference_points[:, :, None, :, None] + sampling_offsets / size[:, None]
+    size = level_sizes(tuple(spatial_shapes), reference_points.device)  # (L, 2) as (H, W)
+    locations = reference_points[:, :, None, :, None] + sampling_offsets / size.flip(-1)[:, None]
     return locations, attention_logits.flatten(3).softmax(-1).view_as(attention_logits)
+
+
+@functools.cache  # no copy to the GPU while a graph is being captured
+def level_sizes(spatial_shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    return torch.tensor(spatial_shapes, device=device)
 
 
 def public_operators() -> dict:
@@ -260,7 +271,7 @@ def public_operators() -> dict:
     installed."""
     def wrap(function):
         def run(value, spatial_shapes, *rest):
-            shapes = torch.tensor(spatial_shapes, device=value.device)  # they want a tensor
+            shapes = level_sizes(tuple(spatial_shapes), value.device)  # they want a tensor
             starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
             locations, weights = materialised(spatial_shapes, *rest)
             return function(value, shapes, starts, locations.to(value.dtype), weights, 64)
@@ -319,9 +330,9 @@ def benchmark(device: torch.device, repeats: int) -> None:
     bandwidth = copy_bandwidth(device)
     print(f"copy: {bandwidth / 1e9:.0f} GB/s")
     family = Family(arch_of(device), *[torch.float32] * 3, channels=32, heads=8, levels=4, points=4)
+    load(family)  # fills the cache
+    load.cache_clear()
     for what, function in ("compilation", compile_kernel), ("loading from the cache", load):
-        kernel_serves(device, *[torch.float32] * 4, S=1, C=32, M=8, L=4, P=4)  # fills the cache
-        load.cache_clear()
         start = time.perf_counter()
         function(family)
         print(f"{what}: {1000 * (time.perf_counter() - start):.1f} ms")
@@ -382,7 +393,13 @@ def main() -> None:
                         else "cpu")
     parser.add_argument("--repeats", type=int, default=20, help="the median of so many runs is shown")
     args = parser.parse_args()
-    benchmark(torch.device(args.device), args.repeats)
+    try:
+        if forced_path() == "reference":
+            raise InputError("FPDETR_DEFORM_ATTN=reference leaves nothing to compare: unset it")
+        benchmark(torch.device(args.device), args.repeats)
+    except (InputError, OSError) as e:
+        print(f"error: {' '.join(str(e).split())[:400]}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -74,8 +74,9 @@ def nvrtc_library() -> ctypes.CDLL:
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(p) for p in (spec.submodule_search_locations if spec else [])]
     found = sorted(p for f in folders for p in f.glob("*/lib/libnvrtc.so.*"))
-    ours = [p for p in found if p.name.endswith("." + (torch.version.cuda or "").split(".")[0])]
-    path = (ours or found or [Path("libnvrtc.so")])[-1]
+    major = (torch.version.cuda or "").split(".")[0]
+    ours = [p for p in found if p.name.endswith("." + major)]
+    path = (ours or found or [Path(f"libnvrtc.so.{major}" if major else "libnvrtc.so")])[-1]
     for part in path.parent.glob("libnvrtc-builtins.so*") if found else []:
         ctypes.CDLL(str(part), ctypes.RTLD_GLOBAL)  # some versions do not find their own second half
     return ctypes.CDLL(str(path))
@@ -128,8 +129,9 @@ def compile_kernel(family: Family) -> bytes:
 
 def build(family: Family) -> Path:
     """The compiled kernel on disk, built if it is not there yet. OSError if it cannot be built."""
-    machine = f"{cpp_compiler()} {platform.node()} {platform.machine()} {torch.version.cuda}"
-    about = SOURCE.read_bytes() + f"{family.definitions()} {machine}".encode()
+    compiler = os.path.realpath(cpp_compiler())  # its real name holds its version
+    machine = f"{compiler} {platform.node()} {platform.machine()} {torch.version.cuda}"
+    about = SOURCE.read_bytes() + Path(__file__).read_bytes() + f"{family.definitions()} {machine}".encode()
     folder = Path(tempfile.gettempdir()) / f"fpdetr-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():  # somebody else's: never load code from it
@@ -193,26 +195,37 @@ def arch_of(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else "sm_%d%d" % torch.cuda.get_device_capability(device)
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks once, while it traces
+@functools.cache
+def failure(family: Family) -> str:
+    """Why the kernel cannot be had, in one line; "" if it is loaded. Found out once per process."""
+    try:
+        load(family)
+        return ""
+    except OSError as e:
+        return " ".join(str(e).split()) or type(e).__name__
+
+
 def kernel_serves(device: torch.device, value: torch.dtype, reference: torch.dtype, offset: torch.dtype,
-                  logit: torch.dtype, S: int, C: int, M: int, L: int, P: int) -> bool:
+                  logit: torch.dtype, C: int, M: int, L: int, P: int) -> bool:
     """Whether the compiled kernel takes such inputs; if it should but cannot, there is one warning."""
     forced = forced_path()
-    fits = (device.type in ("cpu", "cuda") and {value, reference, offset, logit} <= set(DTYPES)
-            and S < 2**26 and min(C, M, L, P) > 0 and M < 2**16)
-    try:
-        if forced == "reference":
-            return False
-        if forced and forced != device.type:
-            raise OSError(f"the tensors are on {device}")
-        if fits:
-            load(Family(arch_of(device), value, offset, logit, C, M, L, P))
-        return fits
-    except OSError as e:
-        if forced:
-            raise InputError(f"FPDETR_DEFORM_ATTN={forced} cannot work here: {e}") from None
-        warn_once(" ".join(str(e).split()))
+    if forced == "reference":
         return False
+    reason = f"the tensors are on {device}" if forced and forced != device.type else ""
+    fits = (device.type in ("cpu", "cuda") and {value, reference, offset, logit} <= set(DTYPES)
+            and min(C, M, L, P) > 0 and M < 2**16)
+    if fits and not reason:
+        reason = failure(Family(arch_of(device), value, offset, logit, C, M, L, P))
+    if forced and reason:
+        raise InputError(f"FPDETR_DEFORM_ATTN={forced} cannot work here: {reason}")
+    if reason:
+        warn_once(reason)
+    return fits and not reason
+
+
+# torch.compile asks once, while it traces. (What torch.compiler.assume_constant_result does, without its
+# import of all of torch._dynamo, which would double the start-up time of every script.)
+kernel_serves._dynamo_marked_constant = True
 
 
 # ------------------------------------------------------------------------------------------------ launching
@@ -265,6 +278,10 @@ def launch(direction: str, shapes: list[int], **tensors: Tensor) -> None:
         return
     parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
     with torch.cuda.device(device):
+        context = ctypes.c_void_p()
+        cuda_driver().cuCtxGetCurrent(ctypes.byref(context))
+        if not context:  # a fresh thread: any call of the CUDA runtime gives it the device's context
+            torch.cuda.synchronize()
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         blocks = grid(family, direction, arguments.B, arguments.Q)
         check(cuda_driver().cuLaunchKernel(kernel, *blocks, 128, 1, 1, 0, stream, parameters, None))

@@ -6,8 +6,8 @@
 // Between pixels v_i is bilinear, outside of the map zero (grid_sample, align_corners=False, zero padding).
 // Softmax and places are computed here, in registers: no tensor ever holds them.
 //
-// One text for GPUs (deform_attn.py compiles it with NVRTC) and CPUs (with the system's C++ compiler); the
-// tests run its GPU half on a CPU as well. Every build fixes, by -D options:
+// One text for GPUs (deform_attn_jit.py compiles it with NVRTC) and CPUs (with the system's C++ compiler).
+// The tests run its GPU half on a CPU as well. Every build fixes, by -D options:
 //
 //   CHANNELS HEADS LEVELS POINTS   C, M, L, P
 //   VALUE_T OFFSET_T LOGIT_T       what memory holds: float, bf16, fp16 or double
@@ -27,6 +27,8 @@
 #define DEVICE __device__ __forceinline__
 #else
 #include <cmath>
+using std::exp;  // C's would compute in double
+using std::floor;
 #define ON_GPU false
 #define UNROLL
 #define DEVICE static inline __attribute__((always_inline))
@@ -72,7 +74,7 @@ DEVICE void store(fp16 &to, real x) {
 #endif
 
 // ------------------------------------------------------------------------------------------------ arguments
-// deform_attn.py has the same struct. Tensors are contiguous and begin at a multiple of 16 bytes.
+// deform_attn_jit.py has the same struct. Tensors are contiguous and begin at a multiple of 16 bytes.
 struct Arguments {
     const VALUE_T *value;        // (B, S, M, C)
     const real *reference;       // (B, Q, L, 2) as (x, y) in [0, 1]
@@ -259,7 +261,8 @@ DEVICE void backward(const Arguments &a, i64 b, i64 q, int m, int lane, bool kee
 #pragma unroll (ROUNDS <= 8 ? ROUNDS : 1)
     for (int r = 0; r < ROUNDS; r++) {
         const int i = r * LANES + lane;
-        const Sample mine = keep && i < SAMPLES ? place(a, query, pair, i, weight[r] *= scale) : Sample{};
+        weight[r] *= scale;
+        const Sample mine = keep && i < SAMPLES ? place(a, query, pair, i, weight[r]) : Sample{};
         real dots[4][LANES] = {};
         UNROLL for (int j = 0; j < LANES; j++) {
             const Corners at = corners<LANES>(a, mine, r, j);

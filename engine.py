@@ -138,6 +138,10 @@ def setup(args: argparse.Namespace) -> torch.device:
     device = torch.device(args.device)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         if device.type == "cuda":
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                raise InputError(f"there are more processes than the {torch.cuda.device_count()} "
+                                 f"GPUs: lower "
+                                 "--nproc_per_node, or give --device cpu")
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -193,8 +197,8 @@ def gather(items: list) -> list:
 
 
 def check_images(*datasets) -> None:
-    """Decodes every image of some DetectionSets once, each process its share. Raises InputError, in all
-    processes, naming the first that is broken."""
+    """`check_images` of some sets, each process its share. Raises InputError, in all processes, naming the
+    first image that is broken."""
     errors = []
     for dataset in datasets:
         try:
@@ -230,7 +234,8 @@ class BatchSampler:
 def parameter_groups(model: nn.Module, lr: float, multipliers: dict[str, float],
                      decay_vectors: bool = True) -> list[dict]:
     """One group per learning rate. `multipliers`: {part of a parameter's name: factor on lr}; the first that
-    fits counts. Without `decay_vectors`, norms and biases (all 1-D parameters) have no weight decay."""
+    fits counts. Without `decay_vectors`, norms and biases (all 1-D parameters) have no weight decay. (DeiT
+    spares its class token and positions as well; ours, which are matrices, decay.)"""
     groups = {}
     for name, parameter in model.named_parameters():
         factor = next((f for part, f in multipliers.items() if part in name), 1.0)
@@ -277,16 +282,21 @@ def save_checkpoint(path: Path, content: dict) -> None:
 
 def describe(model: nn.Module, args: argparse.Namespace, classes: list[str], stage: str) -> dict:
     """The part of a checkpoint from which a model can be built again."""
-    plain = {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k,
-             v in vars(args).items()}
     return {"stage": stage, "config": asdict(model.encoder.config), "layout": args.layout,
             "classes": classes,
-            "model": model.state_dict(), "args": plain}
+            "model": model.state_dict(), "args": plain_flags(args)}
+
+
+def plain_flags(args: argparse.Namespace) -> dict:
+    """The flags as a checkpoint holds them: paths as text."""
+    return {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v)
+            for k, v in vars(args).items()}
 
 
 # Flags that may change when a run is resumed, because the result does not depend on them, or because that is
 # their purpose.
-FREE_ON_RESUME = {"resume", "overwrite", "out", "pretrained", "data_root", "workers", "device",
+FREE_ON_RESUME = {"resume", "overwrite", "out", "pretrained", "init", "compile", "data_root", "workers",
+                  "device",
                   "micro_batch", "epochs",
                   "eval_every", "split", "limit_val"}
 
@@ -302,9 +312,9 @@ def load_resumed(args: argparse.Namespace, stage: str, classes: list[str]) -> di
                          f"{len(classes)} "
                          f"({', '.join(map(str, sorted(set(state['classes']) ^ set(classes))))[:200]} "
                          f"differ)")
-    changed = [f"--{k.replace('_', '-')} {v} (now {getattr(args, k, None)})" for k,
-               v in state["args"].items()
-               if k not in FREE_ON_RESUME and getattr(args, k, None) != v]
+    now = plain_flags(args)
+    changed = [f"--{k.replace('_', '-')} {v} (now {now.get(k)})" for k, v in state["args"].items()
+               if k not in FREE_ON_RESUME and now.get(k) != v]
     if changed:
         raise InputError(f"{path} was trained with {', '.join(changed)}: give the same flags, or "
                          f"another --out")
@@ -340,7 +350,7 @@ def load_detector(path: str | Path) -> tuple[Detector, dict]:
 def variant_of(config: dict) -> str:
     """The variant's name, or the sizes that tell a changed one apart."""
     sizes = {k: v for k, v in config.items() if k not in ("queries", "dropout", "drop_path", "adaptor")}
-    names = [n for n, c in VARIANTS.items() if all(asdict(c)[k] == v for k, v in sizes.items())]
+    names = [n for n, c in VARIANTS.items() if all(asdict(c).get(k) == v for k, v in sizes.items())]
     return names[0] if names else str(sizes)
 
 
@@ -353,14 +363,18 @@ def load_pretrained(model: Classifier | Detector, layout: str, path: str | Path)
         InputError: if it is no checkpoint, or its encoder is of another variant or layout.
     """
     content = load_checkpoint(path)
-    if is_released(content):
-        theirs = load_released(content)
-        content = {"stage": "finetune", "layout": "released", "config": asdict(theirs.encoder.config),
-                   "model": theirs.state_dict()}
-    elif is_released_pretraining(content):
-        config, weights = load_released_encoder(content)
-        content = {"stage": "pretrain", "layout": "released", "config": asdict(config), "model": weights}
-    if not {"model", "config", "layout", "stage"} <= content.keys():
+    try:
+        if is_released(content):
+            theirs = load_released(content)
+            content = {"stage": "finetune", "layout": "released", "config": asdict(theirs.encoder.config),
+                       "model": theirs.state_dict()}
+        elif is_released_pretraining(content):
+            config, weights = load_released_encoder(content)
+            content = {"stage": "pretrain", "layout": "released", "config": asdict(config), "model": weights}
+    except RuntimeError as e:  # shapes that do not belong together
+        raise InputError(f"{path} does not fit: {' '.join(str(e).split())[:200]}") from None
+    whole = {"model", "config", "layout", "stage"} <= content.keys()
+    if not whole or not all(isinstance(content[k], dict) for k in ("model", "config")):
         raise InputError(f"{path} is neither a checkpoint of this project nor one of the authors'")
     theirs, ours = variant_of(content["config"]), variant_of(asdict(model.encoder.config))
     if (theirs, content["layout"]) != (ours, layout):

@@ -251,7 +251,8 @@ class Encoder(nn.Module):
         counts = [torch.stack([v[:, 0].sum(1), v[:, :, 0].sum(1)], -1).to(dtype) for v in valid]
         shapes = [tuple(v.shape[1:]) for v in valid]
         # (B, 4, 2)
-        valid_ratios = torch.stack([n / n.new_tensor([w, h]) for n, (h, w) in zip(counts, shapes)], 1)
+        valid_ratios = torch.stack([torch.stack([n[:, 0] / w, n[:, 1] / h], -1)
+                                    for n, (h, w) in zip(counts, shapes)], 1)
         positions, centres = [], []
         for v, n, embed in zip(valid, counts, self.level_embed):
             positions.append((sine_positions(v, self.config.dim, dtype) + embed).flatten(1, 2))

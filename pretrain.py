@@ -1,12 +1,12 @@
 """Stage 1: pre-training of the whole encoder on image classification (Section 3.2, 4.1 and A.3).
 
-    python pretrain.py                                                the embedded data, minutes on a laptop
-    torchrun --nproc_per_node=8 pretrain.py --variant lite --data imagenet       the paper's recipe, DeiT's
-    python pretrain.py --data path/to/folder                          any folder with a folder of images per
-    class
-    python pretrain.py --data imagenet21k --variant base --init runs/pretrain-base-imagenet/last.pt --tree
-    T.json python pretrain.py --build-tree T.json --is-a is_a.txt --classes synsets.txt  the tree of the
-    semantic softmax
+    python pretrain.py                               the embedded data, minutes on a laptop
+    python pretrain.py --data path/to/folder         any folder with a folder of images per class
+    torchrun --nproc_per_node=8 pretrain.py --variant lite --data imagenet          the paper's recipe:
+    DeiT's
+    python pretrain.py --build-tree T.json --is-a is_a.txt --classes synsets.txt    A.3: the tree of classes,
+    torchrun --nproc_per_node=8 pretrain.py --data imagenet21k --tree T.json --init X.pt      and
+    ImageNet-21k-P
 
 `finetune.py --pretrained` takes the encoder from the last.pt that this leaves. The authors released nothing
 of this stage: it follows the paper, DeiT (Touvron et al. 2021) and, for ImageNet-21k-P, Ridnik et al. 2021.
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 import engine
@@ -36,6 +36,10 @@ from semantic import Tree, build_tree, load_tree, semantic_accuracy, semantic_so
 # ---------------------------------------------------------------------------------------------------- recipe
 
 # What ImageNet-21k-P (A.3; Ridnik et al. 2021) and the embedded data change in the recipe of ImageNet-1k.
+# Where the public script of Ridnik et al. differs: it has Adam with decay in the gradient (A.3 says "true
+# weight decay", hence AdamW), colours that are not normalised (our weights come from ImageNet-1k, where they
+# were), the defaults of the randaugment package (here the RandAugment of stage 1), and squeezed validation
+# images.
 RECIPE_21K = dict(variant="base", epochs=80, batch_size=4096, lr=3e-4, weight_decay=1e-4,
                   schedule="one-cycle",
                   augment="21k", repeats=1, mixup=0.0, cutmix=0.0, smoothing=0.2, drop_path=0.0)
@@ -124,6 +128,12 @@ def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int) -> 
     return cosine(args.lr, args.lr / 20 / 1e4, (step - top) / (last - top) if last > top else 1)
 
 
+def collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """A process's share of a batch, which is empty where there are more processes than pairs of images."""
+    return default_collate(samples) if samples else (torch.empty(0, 3, 1, 1),
+                                                     torch.empty(0, dtype=torch.int64))
+
+
 class RepeatedSampler(engine.BatchSampler):
     """Repeated augmentation (Berman et al. 2019, as DeiT has it): every image of a shuffled order `repeats`
     times in a row, but only as many as one epoch of single images has, rounded down to a multiple of 256.
@@ -164,13 +174,14 @@ def train_step(model, optimizer, images: Tensor, labels: Tensor, num_classes: in
     total = engine.sum_over_processes(len(images), images.device)
     optimizer.zero_grad(set_to_none=True)
     sums = {"loss": torch.zeros((), device=images.device), "right": torch.zeros((), device=images.device)}
-    for part in torch.arange(len(images), device=images.device).split(args.micro_batch):
+    for start in range(0, len(images), args.micro_batch):
+        part = slice(start, start + args.micro_batch)
         with engine.autocast(args, images.device):
             logits = model(images[part])
         if tree is None:
             loss = -(targets[part] * logits.float().log_softmax(-1)).sum() / total
         else:
-            loss = semantic_softmax_loss(logits, labels[part], tree, args.smoothing) * len(part) / total
+            loss = semantic_softmax_loss(logits, labels[part], tree, args.smoothing) * len(logits) / total
         loss.backward()
         sums["loss"] += loss.detach()
         sums["right"] += (logits.argmax(-1) == labels[part]).sum() / total
@@ -232,6 +243,11 @@ def prepare(args: argparse.Namespace, device: torch.device):
         raise InputError(f"tree {args.tree} has {len(tree.targets)} classes, {train.name} has "
                          f"{len(train.classes)}: "
                          "build the tree from the list of just these classes")
+    if tree and tree.classes not in (None, train.classes):
+        raise InputError(f"tree {args.tree} names other classes than the folders of {train.name}, "
+                         f"{', '.join(sorted(set(tree.classes) ^ set(train.classes)))[:200]}: build the "
+                         f"tree from "
+                         "the list of just these classes")
     model = Classifier(replace(VARIANTS[args.variant], drop_path=args.drop_path), len(train.classes))
     if args.layout == "released":
         model = released_layout(model)
@@ -295,7 +311,6 @@ def benchmark(model, optimizer, loader: DataLoader, train: ClassificationSet, tr
     for _ in range(1 + loader.prefetch_factor * args.workers if args.workers else 1):
         images, labels = next(batches)  # what the workers prepare while they start is not counted
     loading = rate(lambda: len(next(batches)[0]))
-    del batches
     images, labels = images.to(device), labels.to(device)
 
     def step() -> int:
@@ -315,6 +330,10 @@ def main() -> None:
         print(build_tree(args.is_a, args.classes, args.build_tree))
         return
     device = engine.setup(args)
+    if args.benchmark and engine.world_size() > 1:
+        raise InputError("--benchmark measures one process: start it without torchrun")
+    if args.benchmark:
+        args.overwrite = True  # it writes nothing
     run = engine.Run(args, "pretrain")
     args.out = run.folder
     train, val, tree, model, state = prepare(args, device)
@@ -322,10 +341,11 @@ def main() -> None:
                                   lr=args.lr,
                                   betas=(0.9, 0.999), weight_decay=args.weight_decay)
     sampler = RepeatedSampler(len(train), args.batch_size, args.seed, args.repeats)
-    loader = DataLoader(train, batch_sampler=sampler, num_workers=args.workers,
+    loader = DataLoader(train, batch_sampler=sampler, num_workers=args.workers, collate_fn=collate,
                         pin_memory=device.type == "cuda")
+    forward = torch.compile(model) if args.compile else model
     if args.benchmark:
-        print(benchmark(model, optimizer, loader, train, tree, args, device))
+        print(benchmark(forward, optimizer, loader, train, tree, args, device))
         return
     run.open(args)
     start, best, scores = 0, -1.0, {}
@@ -333,7 +353,6 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         start, best, scores = state["epoch"], state["best"], state["scores"]
         run.rewind(state["step"])
-    forward = torch.compile(model) if args.compile else model
 
     per_epoch = len(loader) * min(args.batch_size, sampler.used)
     bar = tqdm(total=args.epochs * per_epoch, initial=start * per_epoch, unit="img", smoothing=0.05,

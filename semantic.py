@@ -3,7 +3,7 @@ tree of classes, its loss, its accuracy. ImageNet-21k labels an image with one c
 too; so every level of the WordNet hierarchy has a softmax of its own.
 """
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,30 +16,32 @@ from model import InputError
 @dataclass
 class Tree:
     """The classes' hierarchy. A class's level is the number of its ancestors that are classes themselves."""
-    columns: list[Tensor]   # per level with two or more classes: these classes' indices, (n_k,) int64
-    # (N, levels) int64: place, within its level's columns, of each class's ancestor (or
-    targets: Tensor
-    #                         itself) there; -1 if it has none
-    weights: list[float]    # W_k of each level
+    classes: list[str] | None  # their names, where the file has them
+    columns: list[Tensor]      # per level with two or more classes: these classes' indices, (n_k,) int64
+    targets: Tensor            # (N, levels) int64: which of a level's columns each class belongs to, or -1
+    weights: list[float]       # W_k of each level
 
     def to(self, device: torch.device) -> "Tree":
-        return Tree([c.to(device) for c in self.columns], self.targets.to(device), self.weights)
+        return replace(self, columns=[c.to(device) for c in self.columns], targets=self.targets.to(device))
 
 
 def load_tree(path: str | Path) -> Tree:
     """Reads {"class_tree_list": [[class, its nearest ancestor that is a class, ..., root], ...]}, the format
     of the authors of ImageNet-21k-P and of --build-tree. InputError if it is not that."""
     try:
-        chains = json.loads(Path(path).read_text())["class_tree_list"]
+        content = json.loads(Path(path).read_text())
+        chains, names = content["class_tree_list"], content.get("class_list")
         levels = [len(chain) - 1 for chain in chains]
         if not all(type(c) is int and 0 <= c < len(chains) for chain in chains for c in chain):
             raise ValueError("an index outside of the classes")
-        if any(chain[0] != i or (chain[1:] and chain[1:] != chains[chain[1]]) for i,
-               chain in enumerate(chains)):
-            raise ValueError("a chain that is not its class followed by the chain of its parent")
+        for i, chain in enumerate(chains):
+            if chain[0] != i or (chain[1:] and chain[1:] != chains[chain[1]]):
+                raise ValueError(f"the chain of class {i} is not itself followed by the chain of its parent")
+        if max(levels.count(level) for level in levels) < 2:
+            raise ValueError("no level with two classes to tell apart")
     except FileNotFoundError:
         raise InputError(f"tree {path} is missing: make it with --build-tree") from None
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
         raise InputError(f"tree {path} is not {{\"class_tree_list\": [[class, parent, ..., root], ...]}}: "
                          f"{type(e).__name__} {e}") from None
     columns = [[c for c, level in enumerate(levels) if level == k] for k in range(max(levels) + 1)]
@@ -54,7 +56,7 @@ def load_tree(path: str | Path) -> Tree:
     # 20 times. In float32, as theirs, whose losses we match.
     counts = [sum(level >= k for level in levels) for k in kept]
     weights = (torch.tensor(len(levels), dtype=torch.float32) / torch.tensor(counts)).clamp(max=20)
-    return Tree([torch.tensor(columns[k]) for k in kept], targets, weights.tolist())
+    return Tree(names, [torch.tensor(columns[k]) for k in kept], targets, weights.tolist())
 
 
 def semantic_softmax_loss(logits: Tensor, target: Tensor, tree: Tree, smoothing: float = 0.2) -> Tensor:
@@ -111,7 +113,10 @@ def build_tree(is_a: Path, classes: Path, out: Path) -> str:
         chains.append(chain)
     if len(names) < 2 or max(map(len, chains)) < 2:
         raise InputError(f"none of the {len(names)} classes of {classes} is below another in {is_a}: they "
-                         f"do not "
-                         "belong together")
-    out.write_text(json.dumps({"class_list": names, "class_tree_list": chains}))
+                         "do not belong together")
+    try:
+        with open(out, "x") as f:  # never over an older file
+            json.dump({"class_list": names, "class_tree_list": chains}, f)
+    except OSError as e:
+        raise InputError(f"cannot write {out} ({e.strerror}): give another name") from None
     return f"{out}: {len(names)} classes, {max(map(len, chains))} levels"

@@ -170,6 +170,37 @@ def test_cutmix_pastes_a_box_and_counts_its_area():
         assert len(y) == 0 or len(y) == (y.max() - y.min() + 1) * (x.max() - x.min() + 1)
 
 
+class Fixed:
+    """A generator whose draws are known."""
+
+    def random(self):
+        return 0.4
+
+    def beta(self, a, b):
+        return 0.75
+
+    def integers(self, high):
+        return high // 2
+
+
+def test_cutmix_box_has_side_sqrt_of_one_minus_lambda():
+    images = torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 3, 40, 80).clone()
+    got, soft = augment.mix(images, torch.eye(2), Fixed())
+    expected = torch.zeros(40, 80)
+    expected[10:30, 20:60] = 1  # half of each side, in the middle
+    assert torch.equal(got[0, 1], expected) and soft[0].tolist() == [0.75, 0.25]
+
+
+def test_equalize_and_sharpness_and_fill():
+    flat = Image.fromarray(np.repeat([[10, 20]], 510, 0).astype(np.uint8)).convert("RGB")
+    assert set(np.unique(grey(augment.OPERATIONS["Equalize"](flat, 5, 1)))) == {0, 255}  # two equal halves
+    edge = Image.fromarray(np.repeat([[100] * 4 + [150] * 4], 8, 0).astype(np.uint8)).convert("RGB")
+    steps = [np.ptp(grey(augment.OPERATIONS["Sharpness"](edge, 9, sign))) for sign in (-1, 1)]
+    assert steps[0] <= 50 < steps[1]
+    moved = np.asarray(augment.OPERATIONS["TranslateX"](picture(), 10, 1))
+    assert (moved[:, -15:] == augment.FILL).all()
+
+
 def test_mixup_and_cutmix_take_turns_at_the_stated_ratios():
     pasted, blended = [], []
     for seed in range(1500):

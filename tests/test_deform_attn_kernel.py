@@ -111,10 +111,14 @@ def test_gpu_half_reads_nothing_at_far_and_undefined_places(emulator, bad):
         assert torch.equal(x[:, 1:], torch.zeros_like(x[:, 1:]))
 
 
-def test_gpu_half_gives_the_same_output_twice(emulator):
-    inputs = deform_attn_inputs(SHAPES[:2], B=1, Q=9, M=2, C=32, P=4, dtype=F32)
-    first, second = (emulator("sm_90", inputs, SHAPES[:2], torch.ones(1, 9, 64)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+def test_gpu_half_walks_over_more_images_than_the_grid_has(emulator, monkeypatch):
+    """The grid's third side ends at 65,535; here it ends at 1."""
+    grid = deform_attn_jit.grid
+    monkeypatch.setattr(deform_attn_jit, "grid", lambda *args: (*grid(*args)[:2], 1))
+    inputs = deform_attn_inputs(SHAPES[:2], B=3, Q=9, M=2, C=32, P=4, dtype=F32)
+    grad_output = torch.ones(3, 9, 64)
+    results = emulator("sm_90", inputs, SHAPES[:2], grad_output)
+    assert_near(results, truth(inputs, SHAPES[:2], grad_output), [F32] * 4)
 
 
 cpu_kernel = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
@@ -154,6 +158,16 @@ def test_cpu_half_reads_nothing_at_far_and_undefined_places(bad):
     out.sum().backward()
     assert torch.equal(out, torch.zeros_like(out))
     assert torch.equal(value.grad, torch.zeros_like(value)) and torch.isfinite(offsets.grad).all()
+
+
+@cpu_kernel
+def test_bfloat16_rounds_ties_to_even():
+    """Halfway between two neighbours 1 and 1 + 2^-7, or 1 + 2^-7 and 1 + 2^-6: the even mantissa wins."""
+    value = torch.tensor([1, 1 + 2**-7, 1 + 2**-7, 1 + 2**-6], dtype=BF16).view(1, 4, 1, 1)
+    reference = torch.tensor([[0.25, 0.5], [0.75, 0.5]]).view(1, 2, 1, 2)  # between pixels 0, 1 and 2, 3
+    zeros = torch.zeros(1, 2, 1, 1, 1, 2)
+    output = ms_deform_attn(value, [(1, 4)], reference, zeros, zeros[..., 0])
+    assert output.flatten().tolist() == [1, 1 + 2**-6]
 
 
 def families(arch):

@@ -71,7 +71,7 @@ def test_other_things_are_no_checkpoints(tmp_path):
         with pytest.raises(InputError, match=name) as e:
             engine.load_detector(tmp_path / name)
         assert "\n" not in str(e.value)
-    with pytest.raises(InputError, match="not a released"):
+    with pytest.raises(InputError, match="not a whole released"):
         engine.load_detector(tmp_path / "odd.pt")
 
 

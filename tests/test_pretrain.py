@@ -73,7 +73,8 @@ def test_build_tree_makes_the_reference_tree_again(shared, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"class_tree_list": [[1], [0]]}',
-                                     '{"class_tree_list": [[0], [1, 7]]}'])
+                                     '{"class_tree_list": [[0], [1, 7]]}', '{"class_tree_list": []}',
+                                     '{"class_tree_list": [[0], [1, 0]]}'])
 def test_a_broken_tree_is_refused(tmp_path, content):
     (tmp_path / "tree.json").write_text(content)
     with pytest.raises(InputError, match="tree .* is not"):
