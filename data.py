@@ -259,8 +259,8 @@ def load_annotations(path: Path) -> dict:
                                for c in category_ids) or len(set(category_ids)) < len(category_ids):
         raise InputError(f"annotations {path}: category ids must be integers, each its own, and at "
                          f"least one")
-    annotations = [check_annotation(a, i, sizes, set(category_ids), path) for i,
-                   a in enumerate(content["annotations"], 1)]
+    annotations = [check_annotation(a, i, sizes, set(category_ids), path)
+                   for i, a in enumerate(content["annotations"], 1)]
     categories = [{**c, "name": str(c["name"])} for c in content["categories"]]
     return {"images": content["images"], "annotations": annotations, "categories": categories}
 
@@ -322,8 +322,7 @@ def coco_format(image_folder: Path, annotation_file: Path, limit: int | None = N
 
 
 COCO_HELP = ("download train2017.zip, val2017.zip and annotations_trainval2017.zip (COCO 2017, "
-             "cocodataset.org), unpack "
-             "them there, or name another folder with --data-root")
+             "cocodataset.org), unpack them there, or name another folder with --data-root")
 FOLDER_HELP = "needed are train/, val/ and annotations/instances_{train,val}.json in it"
 
 
@@ -366,8 +365,8 @@ def shapes_detection(split: str, limit: int | None = None, seed: int = 0, **opti
                                 "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)})
     truth = {"images": [{"id": r.id, "width": r.size[0], "height": r.size[1], "file_name": f"{r.id}.png"}
                         for r in records],
-             "annotations": annotations, "categories": [{"id": i, "name": n} for i,
-                                                        n in enumerate(SHAPES, 1)]}
+             "annotations": annotations,
+             "categories": [{"id": i, "name": n} for i, n in enumerate(SHAPES, 1)]}
     return DetectionSet(records, truth, seed=seed, **options)
 
 

@@ -50,8 +50,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 DETECTION_DATA = ("shapes (generated, no download), coco, or any folder in COCO format with train/, "
-                  "val/ and "
-                  "annotations/instances_{train,val}.json")
+                  "val/ and annotations/instances_{train,val}.json")
 
 
 def add_data_flags(parser: argparse.ArgumentParser, data: str = DETECTION_DATA,
@@ -140,8 +139,7 @@ def setup(args: argparse.Namespace) -> torch.device:
         if device.type == "cuda":
             if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
                 raise InputError(f"there are more processes than the {torch.cuda.device_count()} "
-                                 f"GPUs: lower "
-                                 "--nproc_per_node, or give --device cpu")
+                                 f"GPUs: lower --nproc_per_node, or give --device cpu")
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -379,8 +377,7 @@ def load_pretrained(model: Classifier | Detector, layout: str, path: str | Path)
     theirs, ours = variant_of(content["config"]), variant_of(asdict(model.encoder.config))
     if (theirs, content["layout"]) != (ours, layout):
         raise InputError(f"{path} holds the variant {theirs} in the {content['layout']} layout, not {ours} "
-                         f"in the "
-                         f"{layout} layout: change --variant or --layout")
+                         f"in the {layout} layout: change --variant or --layout")
     loaded, fresh, stage = [], [], "finetune" if isinstance(model, Detector) else "pretrain"
     for name, part in model.named_children():
         state = {k.removeprefix(name + "."): v for k, v in content["model"].items()
@@ -410,8 +407,7 @@ class Run:
         self.started = self.saved = time.time()
         if (self.folder / "args.json").exists() and not (args.resume or args.overwrite):
             raise InputError(f"{self.folder} already holds a run: --resume goes on with it, --overwrite "
-                             f"replaces it, "
-                             "--out names another folder")
+                             f"replaces it, --out names another folder")
         if args.resume and not self.last.exists():
             raise InputError(f"nothing to resume: {self.last} is missing")
 

@@ -248,8 +248,7 @@ def read_results(path: str, dataset: DetectionSet) -> list[dict]:
                 and len(entry["bbox"]) == 4
                 and all(map(is_number, entry["bbox"])) and min(entry["bbox"][2:]) >= 0):
             raise InputError(f"results {path}: entry {i} is no detection on {dataset.name}, which needs an "
-                             f"image_id and a "
-                             "category_id of it, a bbox [x, y, w, h] and a score")
+                             f"image_id and a category_id of it, a bbox [x, y, w, h] and a score")
     return results
 
 

@@ -255,8 +255,7 @@ def train_epoch(model, optimizer, loader: DataLoader, epoch: int, args, device, 
             means = meters.take()
             if not math.isfinite(means["loss"]):
                 raise InputError(f"the loss became {means['loss']} in epoch {epoch + 1}, step {step + 1}: "
-                                 f"try a lower --lr; "
-                                 "the last checkpoint is untouched")
+                                 f"try a lower --lr; the last checkpoint is untouched")
             run.log(epoch=epoch + 1, step=step + 1, **means, lr=args.lr * factor)
             bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
     return (epoch + 1) * steps

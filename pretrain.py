@@ -1,12 +1,13 @@
 """Stage 1: pre-training of the whole encoder on image classification (Section 3.2, 4.1 and A.3).
 
-    python pretrain.py                               the embedded data, minutes on a laptop
-    python pretrain.py --data path/to/folder         any folder with a folder of images per class
-    torchrun --nproc_per_node=8 pretrain.py --variant lite --data imagenet          the paper's recipe:
-    DeiT's
-    python pretrain.py --build-tree T.json --is-a is_a.txt --classes synsets.txt    A.3: the tree of classes,
-    torchrun --nproc_per_node=8 pretrain.py --data imagenet21k --tree T.json --init X.pt      and
-    ImageNet-21k-P
+    python pretrain.py                              the embedded data, minutes on a laptop
+    python pretrain.py --data path/to/folder        any folder with a folder of images per class
+    torchrun --nproc_per_node=8 pretrain.py --variant lite --data imagenet        the paper's recipe (DeiT)
+
+ImageNet-21k-P (A.3): the tree of its classes, then the training.
+
+    python pretrain.py --build-tree T.json --is-a is_a.txt --classes synsets.txt
+    torchrun --nproc_per_node=8 pretrain.py --data imagenet21k --tree T.json --init X.pt
 
 `finetune.py --pretrained` takes the encoder from the last.pt that this leaves. The authors released nothing
 of this stage: it follows the paper, DeiT (Touvron et al. 2021) and, for ImageNet-21k-P, Ridnik et al. 2021.
@@ -57,8 +58,7 @@ def parse() -> argparse.Namespace:
         f"{listed(RECIPE_21K)}. With --data shapes: {listed(SHAPES_RECIPE)}")
     engine.add_run_flags(parser)
     engine.add_data_flags(parser, "shapes (generated, no download), imagenet, imagenet21k, or any "
-                                  "folder with "
-                          "train/ and val/, each with a folder of images per class",
+                                  "folder with train/ and val/, each with a folder of images per class",
                           "where imagenet or imagenet21k lies (default: data/imagenet, data/imagenet21k)")
     parser.add_argument("--init", help="checkpoint of pretrain.py to start from (A.3: ImageNet-1k's "
                                        "before 21k)")
@@ -230,24 +230,22 @@ def picture_predictions(model: Classifier, dataset: ClassificationSet, device: t
 
 def prepare(args: argparse.Namespace, device: torch.device):
     """Everything that can fail on bad input, before anything is written: data, tree, model, weights."""
-    train, val = (classification_set(
-        args.data, split, ClassificationTransform(args.image_size, kind, args.erasing),
-                                     args.data_root, limit, args.seed)
-                  for split, kind, limit in (("train", args.augment, args.limit_train),
-                                             (args.split, "none", args.limit_val)))
+    def read(split: str, kind: str, limit: int | None) -> ClassificationSet:
+        transform = ClassificationTransform(args.image_size, kind, args.erasing)
+        return classification_set(args.data, split, transform, args.data_root, limit, args.seed)
+    train = read("train", args.augment, args.limit_train)
+    val = read(args.split, "none", args.limit_val)
     if train.classes != val.classes:
         raise InputError(f"{train.name} and {val.name} have different class folders: "
                          f"{', '.join(sorted(set(train.classes) ^ set(val.classes)))[:200]}")
     tree = load_tree(args.tree).to(device) if args.tree else None
     if tree and len(tree.targets) != len(train.classes):
         raise InputError(f"tree {args.tree} has {len(tree.targets)} classes, {train.name} has "
-                         f"{len(train.classes)}: "
-                         "build the tree from the list of just these classes")
+                         f"{len(train.classes)}: build the tree from the list of just these classes")
     if tree and tree.classes not in (None, train.classes):
         raise InputError(f"tree {args.tree} names other classes than the folders of {train.name}, "
                          f"{', '.join(sorted(set(tree.classes) ^ set(train.classes)))[:200]}: build the "
-                         f"tree from "
-                         "the list of just these classes")
+                         f"tree from the list of just these classes")
     model = Classifier(replace(VARIANTS[args.variant], drop_path=args.drop_path), len(train.classes))
     if args.layout == "released":
         model = released_layout(model)
@@ -284,8 +282,7 @@ def train_epoch(model, optimizer, loader: DataLoader, train: ClassificationSet, 
             means = meters.take()
             if not math.isfinite(means["loss"]):
                 raise InputError(f"the loss became {means['loss']} in epoch {epoch + 1}, step "
-                                 f"{step + 1}: try a "
-                                 "lower --lr; the last checkpoint is untouched")
+                                 f"{step + 1}: try a lower --lr; the last checkpoint is untouched")
             run.log(epoch=epoch + 1, step=step + 1, loss=means["loss"], train_top1=means["right"], lr=lr)
             bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
     return (epoch + 1) * steps
@@ -368,8 +365,8 @@ def main() -> None:
             run.curves(tuple(scores))
             if not engine.rank():
                 picture_predictions(model, val, device).save(run.folder / "predictions.png")
-                bar.write(f"epoch {epoch + 1}: " + ", ".join(f"{k} {100 * v:.1f}" for k,
-                                                             v in scores.items()))
+                shown = ", ".join(f"{k} {100 * v:.1f}" for k, v in scores.items())
+                bar.write(f"epoch {epoch + 1}: {shown}")
             if scores["top1"] > best:
                 best = scores["top1"]
                 engine.save_checkpoint(run.folder / "best.pt", checkpoint)

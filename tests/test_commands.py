@@ -109,8 +109,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, workers):
     # A run cut off after its first epoch: its log and checkpoint are those of epoch 1.
     script = ("import sys, engine, finetune; save = engine.save_checkpoint\n"
               "def cut(path, content):\n    save(path, content)\n    sys.exit(9) if path.name == 'last.pt' "
-              "else None\n"
-              f"engine.save_checkpoint = cut; sys.path.insert(0, {str(ROOT)!r}); finetune.main()")
+              f"else None\nengine.save_checkpoint = cut; sys.path.insert(0, {str(ROOT)!r}); finetune.main()")
     done = subprocess.run([sys.executable, "-c", script, *map(str, flags), "--out", "cut"], cwd=tmp_path,
                           env={**CPU, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
                           timeout=300)
@@ -225,8 +224,7 @@ def test_a_resumed_pretraining_ends_with_the_same_weights(tmp_path):
     run(tmp_path, "pretrain.py", *flags, "--out", "whole")
     script = ("import sys, engine, pretrain; save = engine.save_checkpoint\n"
               "def cut(path, content):\n    save(path, content)\n    sys.exit(9) if path.name == 'last.pt' "
-              "else None\n"
-              f"engine.save_checkpoint = cut; sys.path.insert(0, {str(ROOT)!r}); pretrain.main()")
+              f"else None\nengine.save_checkpoint = cut; sys.path.insert(0, {str(ROOT)!r}); pretrain.main()")
     done = subprocess.run([sys.executable, "-c", script, *flags, "--out", "cut"], cwd=tmp_path,
                           env={**CPU, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
                           timeout=300)
