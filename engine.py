@@ -394,6 +394,21 @@ def load_pretrained(model: Classifier | Detector, layout: str, path: str | Path)
     return f"loaded from {path}: {', '.join(loaded)}; starting fresh: {', '.join(fresh) or 'nothing'}"
 
 
+def load_weights(model: Classifier | Detector, args: argparse.Namespace, stage: str, classes: list[str],
+                 pretrained: str | None) -> dict | None:
+    """A fresh model's weights: those of the run to be resumed, whose last.pt is returned, or of `pretrained`, or
+    neither. InputError as in `load_resumed` and `load_pretrained`."""
+    if args.resume:
+        state = load_resumed(args, stage, classes)
+        model.load_state_dict(state["model"])
+        return state
+    if pretrained:
+        message = load_pretrained(model, args.layout, pretrained)
+        if not rank():
+            print(message)
+    return None
+
+
 # ------------------------------------------------------------------------------------------ the run's folder
 
 class Run:

@@ -225,13 +225,7 @@ def prepare(args: argparse.Namespace, device: torch.device):
     config = replace(VARIANTS[args.variant], dropout=args.dropout,
                      queries=VARIANTS[args.variant].queries if args.queries is None else args.queries)
     model = engine.build_detector(config, args.layout, len(train.classes))
-    state = engine.load_resumed(args, "finetune", train.classes) if args.resume else None
-    if state:
-        model.load_state_dict(state["model"])
-    elif args.pretrained:
-        message = engine.load_pretrained(model, args.layout, args.pretrained)
-        if not engine.rank():
-            print(message)
+    state = engine.load_weights(model, args, "finetune", train.classes, args.pretrained)
     engine.check_images(train, val)
     model.to(device)
     engine.broadcast_weights(model)

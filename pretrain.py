@@ -249,13 +249,7 @@ def prepare(args: argparse.Namespace, device: torch.device):
     model = Classifier(replace(VARIANTS[args.variant], drop_path=args.drop_path), len(train.classes))
     if args.layout == "released":
         model = released_layout(model)
-    state = engine.load_resumed(args, "pretrain", train.classes) if args.resume else None
-    if state:
-        model.load_state_dict(state["model"])
-    elif args.init:
-        message = engine.load_pretrained(model, args.layout, args.init)
-        if not engine.rank():
-            print(message)
+    state = engine.load_weights(model, args, "pretrain", train.classes, args.init)
     engine.check_images(train, val)
     model.to(device)
     engine.broadcast_weights(model)
@@ -263,8 +257,7 @@ def prepare(args: argparse.Namespace, device: torch.device):
 
 
 def train_epoch(model, optimizer, loader: DataLoader, train: ClassificationSet, tree, epoch: int, args,
-                device, run,
-                bar: tqdm) -> int:
+                device, run, bar: tqdm) -> int:
     """One epoch; logs every tenth step. Returns the number of steps since the start of the run."""
     model.train()
     engine.seed_epoch(args.seed, epoch)
