@@ -396,7 +396,7 @@ def load_pretrained(model: Classifier | Detector, layout: str, path: str | Path)
 
 def load_weights(model: Classifier | Detector, args: argparse.Namespace, stage: str, classes: list[str],
                  pretrained: str | None) -> dict | None:
-    """A fresh model's weights: those of the run to be resumed, whose last.pt is returned, or of `pretrained`,
+    """A fresh model's weights: of the run to be resumed, whose last.pt is returned, or of `pretrained`,
     or neither. InputError as in `load_resumed` and `load_pretrained`."""
     if args.resume:
         state = load_resumed(args, stage, classes)
