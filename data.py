@@ -1,7 +1,7 @@
 """Data: where images, boxes and labels come from, the transforms of detection, and batches.
 
-Detection: three sources give the same thing, a `DetectionSet`: `shapes`, generated from a seed; `coco`, as
-COCO 2017 unpacks; and any folder in COCO format. Transforms are Deformable DETR's (the paper, 4.1, follows
+Detection: four sources give the same thing, a `DetectionSet`: `shapes`, generated from a seed; `coco`, as
+COCO 2017 unpacks; `cityscapes`, as it unpacks; and any folder in COCO format. Transforms are Deformable DETR's (the paper, 4.1, follows
 its implementation). Classification: a `ClassificationSet` of `shapes`, ImageNet or any folder with a folder
 per class; its augmentations are in augment.py. Boxes are absolute (x0, y0, x1, y1) in pixels inside this
 file and normalised (cx, cy, w, h) when they leave it.
@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import augment
+from cityscapes import cached_coco, cityscapes_to_coco  # noqa: F401: its public place is here
 from model import InputError
 from shapes import SHAPES, shape_scene
 
@@ -154,6 +155,7 @@ class DetectionSet(Dataset):
                  seed: int = 0):
         self.records, self.ground_truth, self.name = records, ground_truth, name
         self.transform, self.seed, self.epoch = transform or Transform(), seed, 0
+        self.corruption = None  # of an image before the transform: (picture, image id) -> picture (COCO-C)
         categories = sorted(ground_truth["categories"], key=lambda c: c["id"])
         self.classes = [c["name"] for c in categories]
         self.category_ids = [c["id"] for c in categories]  # label -> category id, which may have gaps
@@ -164,7 +166,8 @@ class DetectionSet(Dataset):
     def __getitem__(self, index: int):
         record = self.records[index]
         rng = np.random.default_rng((self.seed, self.epoch, index))
-        image, boxes, labels = self.transform(record.image(), record.boxes, record.labels, rng)
+        image = record.image() if self.corruption is None else self.corruption(record.image(), record.id)
+        image, boxes, labels = self.transform(image, record.boxes, record.labels, rng)
         w, h = image.size
         x0, y0, x1, y1 = boxes.T
         boxes = np.stack([(x0 + x1) / 2 / w, (y0 + y1) / 2 / h, (x1 - x0) / w, (y1 - y0) / h], 1)
@@ -327,20 +330,26 @@ FOLDER_HELP = "needed are train/, val/ and annotations/instances_{train,val}.jso
 
 
 def detection_set(data: str, split: str, root: str | None = None, limit: int | None = None,
-                  image_size: int = 800,
-                  augment: str = "none", seed: int = 0) -> DetectionSet:
-    """The set that `--data` names: "shapes", "coco", or a folder with train/, val/ and
+                  image_size: int = 800, augment: str = "none", seed: int = 0,
+                  cache: str | Path = "runs") -> DetectionSet:
+    """The set that `--data` names: "shapes", "coco", "cityscapes", or a folder with train/, val/ and
     annotations/instances_*.json.
 
     Args:
-        split: "train" or "val". root: the folder of `coco`, data/coco by default. limit: the first N images
-            only.
+        split: "train" or "val". root: the folder of `coco` or `cityscapes`, data/NAME by default. limit: the
+            first N images only. cache: the folder for Cityscapes' annotations in COCO format, made once.
     Raises:
         InputError: if it is missing (says what to download and where it goes) or malformed.
     """
     options = dict(name=f"{data} {split}", transform=Transform(image_size, augment), seed=seed)
     if data == "shapes":
         return shapes_detection(split, limit, **options)
+    if data == "cityscapes":
+        folder = Path(root or "data/cityscapes")
+        if folder.is_dir() and not (folder / "leftImg8bit").is_dir():
+            raise InputError(f"{folder / 'leftImg8bit'} is missing: unpack leftImg8bit_trainvaltest.zip in "
+                             f"{folder}")
+        return coco_format(folder, cached_coco(folder, split, cache, os.cpu_count() or 1), limit, **options)
     folder, suffix = (Path(root or "data/coco"), "2017") if data == "coco" else (Path(data), "")
     images = folder / (split + suffix)
     annotations = folder / "annotations" / f"instances_{split}{suffix}.json"

@@ -221,16 +221,20 @@ class MSDeformAttn(nn.Module):
         Returns:
             (B, Q, D)
         """
-        B, Q, _ = query.shape
         value = self.value_proj(memory)
         if padding_mask is not None:
             value = value.masked_fill(padding_mask[..., None], 0)  # as if the map ended there
+        value = value.unflatten(-1, (self.heads, -1))  # (B, S, M, C)
+        return self.output_proj(ms_deform_attn(value, spatial_shapes, reference_points,
+                                               *self.sampling(query)))
+
+    def sampling(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """query (B, Q, D) -> offsets (B, Q, M, L, P, 2) and attention logits (B, Q, M, L, P)."""
+        B, Q, _ = query.shape
         # 16-bit under autocast, like the logits: an offset of 8 pixels is then still right to 1/32 pixel,
         # since it is added to its reference point in float32.
         offsets = self.sampling_offsets(query).view(B, Q, self.heads, self.levels, self.points, 2)
-        logits = self.attention_weights(query).view(B, Q, self.heads, self.levels, self.points)
-        value = value.unflatten(-1, (self.heads, -1))  # (B, S, M, C)
-        return self.output_proj(ms_deform_attn(value, spatial_shapes, reference_points, offsets, logits))
+        return offsets, self.attention_weights(query).view(B, Q, self.heads, self.levels, self.points)
 
 
 # ----------------------------------------------------------------------------------------------- benchmark

@@ -31,6 +31,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every training stage has; their defaults are the paper's fine-tuning on COCO."""
     parser.add_argument("--variant", choices=VARIANTS, default="tiny",
                         help="size of the model, Table 1 (tiny is ours)")
+    parser.add_argument("--structure", choices=("encoder-only", "encoder-decoder"), default="encoder-only",
+                        help="FP-DETR, or FP-EncDec: its last six layers are decoder layers (A.2, Table 7)")
     parser.add_argument("--layout", choices=("paper", "released"), default="paper",
                         help="as the paper's text has it, or as the authors' released code (README: where "
                              "they differ)")
@@ -49,12 +51,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what the run folder holds")
 
 
-DETECTION_DATA = ("shapes (generated, no download), coco, or any folder in COCO format with train/, "
-                  "val/ and annotations/instances_{train,val}.json")
+DETECTION_DATA = ("shapes (generated, no download), coco, cityscapes, or any folder in COCO format with "
+                  "train/, val/ and annotations/instances_{train,val}.json")
 
 
 def add_data_flags(parser: argparse.ArgumentParser, data: str = DETECTION_DATA,
-                   root: str = "where coco lies (default: data/coco)") -> None:
+                   root: str = "where coco or cityscapes lies (default: data/NAME)") -> None:
     """The flags that training and evaluation have in common; `data`, `root`: help texts of these two."""
     parser.add_argument("--data", default="shapes", help=data)
     parser.add_argument("--data-root", help=root)
@@ -346,10 +348,12 @@ def load_detector(path: str | Path) -> tuple[Detector, dict]:
 
 
 def variant_of(config: dict) -> str:
-    """The variant's name, or the sizes that tell a changed one apart."""
-    sizes = {k: v for k, v in config.items() if k not in ("queries", "dropout", "drop_path", "adaptor")}
-    names = [n for n, c in VARIANTS.items() if all(asdict(c).get(k) == v for k, v in sizes.items())]
-    return names[0] if names else str(sizes)
+    """The encoder's name: that of its variant, or the sizes that tell a changed one apart."""
+    size_keys = ("dim", "mlp_dim", "heads", "tokenizer_dim", "layers", "entry_layer", "points")
+    sizes = {k: config.get(k) for k in size_keys}
+    names = [n for n, c in VARIANTS.items() if all(asdict(c)[k] == v for k, v in sizes.items())]
+    decoder = " encoder-decoder" if config.get("structure") == "encoder-decoder" else ""
+    return (names[0] if names else str(sizes)) + decoder
 
 
 def load_pretrained(model: Classifier | Detector, layout: str, path: str | Path) -> str:
@@ -377,7 +381,7 @@ def load_pretrained(model: Classifier | Detector, layout: str, path: str | Path)
     theirs, ours = variant_of(content["config"]), variant_of(asdict(model.encoder.config))
     if (theirs, content["layout"]) != (ours, layout):
         raise InputError(f"{path} holds the variant {theirs} in the {content['layout']} layout, not {ours} "
-                         f"in the {layout} layout: change --variant or --layout")
+                         f"in the {layout} layout: change --variant, --structure or --layout")
     loaded, fresh, stage = [], [], "finetune" if isinstance(model, Detector) else "pretrain"
     for name, part in model.named_children():
         state = {k.removeprefix(name + "."): v for k, v in content["model"].items()
@@ -392,6 +396,21 @@ def load_pretrained(model: Classifier | Detector, layout: str, path: str | Path)
         else:
             fresh.append(name)
     return f"loaded from {path}: {', '.join(loaded)}; starting fresh: {', '.join(fresh) or 'nothing'}"
+
+
+def origin_of(pretrained: str | None) -> dict:
+    """What Table 7 tells of a run's pre-training: how many class tokens, and their top-1 accuracy."""
+    content = load_checkpoint(pretrained) if pretrained else {}
+    config, scores = content.get("config"), content.get("scores")
+    return {"class_tokens": config.get("class_tokens", 1) if isinstance(config, dict) else 1,
+            "top1": scores.get("top1") if isinstance(scores, dict) else None}
+
+
+def summary(model: nn.Module, args: argparse.Namespace, measured: dict) -> dict:
+    """The content of a run's metrics.json: what was trained, how, and what came out."""
+    flags = {k: plain_flags(args).get(k) for k in ("variant", "structure", "adaptor", "adaptor_per_layer",
+                                                   "layout", "epochs", "seed", "pretrained")}
+    return {**flags, "parameters": sum(p.numel() for p in model.parameters()), **measured}
 
 
 def load_weights(model: Classifier | Detector, args: argparse.Namespace, stage: str, classes: list[str],
@@ -412,12 +431,17 @@ def load_weights(model: Classifier | Detector, args: argparse.Namespace, stage: 
 # ------------------------------------------------------------------------------------------ the run's folder
 
 class Run:
-    """A run's folder: args.json, log.jsonl, curves.png, last.pt, best.pt and what the stage adds."""
+    """A run's folder: args.json, log.jsonl, curves.png, last.pt, best.pt, metrics.json and what the stage
+    adds."""
+
+    @staticmethod
+    def folder_of(args: argparse.Namespace, stage: str) -> Path:
+        named = ("shapes", "coco", "cityscapes", "imagenet", "imagenet21k")
+        data = args.data if args.data in named else Path(args.data).resolve().name
+        return args.out or Path("runs") / f"{stage}-{args.variant}-{data}"
 
     def __init__(self, args: argparse.Namespace, stage: str):
-        data = args.data if args.data in ("shapes", "coco", "imagenet",
-                                          "imagenet21k") else Path(args.data).resolve().name
-        self.folder = args.out or Path("runs") / f"{stage}-{args.variant}-{data}"
+        self.folder = self.folder_of(args, stage)
         self.last = self.folder / "last.pt"
         self.started = self.saved = time.time()
         if (self.folder / "args.json").exists() and not (args.resume or args.overwrite):
@@ -434,8 +458,8 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not args.resume:
-                for name in ("log.jsonl", "last.pt", "best.pt", "curves.png", "detections.png",
-                             "predictions.png"):
+                for name in ("log.jsonl", "last.pt", "best.pt", "metrics.json", "curves.png",
+                             "detections.png", "predictions.png"):
                     (self.folder / name).unlink(missing_ok=True)
             (self.folder / "args.json").write_text(json.dumps(vars(args), indent=1, default=str))
         except OSError as e:

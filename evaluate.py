@@ -1,201 +1,170 @@
-"""Evaluation: COCO AP of a checkpoint, or of any COCO result file, and pictures of what a detector finds.
+"""Evaluation: COCO AP of a checkpoint, a result file or another detector; COCO-C; pictures; the paper's
+tables.
 
-    python evaluate.py runs/NAME/last.pt --data coco            one table, the paper's row beside ours;
-    results.json
-    python evaluate.py runs/NAME/last.pt --images a.jpg b.png   boxes with class names and scores, drawn on
-    any pictures
-    python evaluate.py fp-detr-lite.pth --data coco             a released checkpoint is recognised
+    python evaluate.py runs/NAME/last.pt --data coco                    AP, the paper's row beside ours
+    python evaluate.py runs/NAME/last.pt --data coco --corruptions all  COCO-C (Table 4): 1 + 75 passes
+    python evaluate.py runs/NAME/last.pt --images a.jpg b.png           boxes drawn on any pictures
+    python evaluate.py runs/NAME/last.pt --images a.jpg --attention 3   where three detections looked
+    python evaluate.py runs/NAME/last.pt --data coco --figure 6         as Figure 3: clean and corrupted
+    python evaluate.py fp-detr-lite.pth --data coco                     a released checkpoint is recognised
+    python evaluate.py --predictions results.json --data coco           any detector's COCO result file
+    python evaluate.py --model hf:facebook/detr-resnet-50 --data coco   a detector of transformers
+    python evaluate.py --table 2 runs/A runs/B                          finished runs as the paper's Table 2
 """
 import argparse
-import contextlib
-import io
+import copy
 import json
+import resource
+import time
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from PIL import Image
 from tqdm import tqdm
 
 import engine
-from data import DetectionSet, Transform, detection_set, is_number, pad_batch, read_image, to_tensor
-from model import InputError
+from corruptions import NAMES, corrupt_seeded
+from data import DetectionSet, detection_set, is_number, read_image, to_tensor
+from hf import load_hugging_face
+from inference import METRICS, Scorer, best_boxes, coco_metrics, detect, detect_image, resize_to_test
+from model import InputError, pad_to_multiple
+from pictures import Watch, attention_picture, corruption_chart, draw, grid, picture_results
+from tables import HEADERS, PAPER, corruption_row, markdown, paper_table, read_json, write_json
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-PAPER = {  # COCO 2017 val, Table 2
-    "lite": (37.2, 56.5, 40.4, 21.7, 40.0, 48.6),
-    "small": (42.5, 62.6, 45.9, 25.3, 45.5, 56.9),
-    "base": (43.3, 63.9, 47.7, 27.5, 46.1, 57.0),
-}
+FIGURE_CORRUPTIONS = ("gaussian_noise", "motion_blur", "snow", "contrast", "jpeg_compression")
 
 
-def coco_metrics(ground_truth_json: str | Path | dict,
-                 detections: list[dict] | str | Path) -> dict[str, float]:
-    """COCO's box AP, by pycocotools.
+# ------------------------------------------------------------------------------------------ COCO-C (Table 4)
 
-    Args:
-        ground_truth_json: an annotation file in COCO format, or its content.
-        detections: [{"image_id", "category_id", "bbox": [x, y, w, h], "score"}], or a file that holds such a
-            list.
+def evaluate_corruptions(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Namespace,
+                         device: torch.device) -> dict:
+    """The clean pass and one per corruption and severity; what is measured is kept in corruptions.json after
+    each, so that an interrupted evaluation goes on where it was.
+
     Returns:
-        {"AP", "AP50", "AP75", "APs", "APm", "APl"} in [0, 1]; -1 where there is no object of that size.
+        {"of": what was evaluated, "clean": metrics, "corruptions": {name: {severity: metrics}}, "seconds":
+        {"model", "data", "metric"}: waited for each, "memory": peak MiB after each pass}
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        truth = COCO() if isinstance(ground_truth_json, dict) else COCO(str(ground_truth_json))
-        if isinstance(ground_truth_json, dict):
-            truth.dataset = ground_truth_json
-            truth.createIndex()
-        if not isinstance(detections, list):
-            detections = json.loads(Path(detections).read_text())
-        unknown = {d["image_id"] for d in detections} - set(truth.getImgIds())
-        if unknown:
-            raise InputError(f"detections are for another data set: image id {min(unknown)} is not in its "
-                             f"annotations")
-        results = COCO()
-        if detections:
-            results = truth.loadRes([dict(d) for d in detections])
-        else:
-            results.dataset = {"images": truth.dataset["images"], "categories": truth.dataset["categories"],
-                               "annotations": []}
-            results.createIndex()
-        scores = COCOeval(truth, results, "bbox")
-        scores.evaluate()
-        scores.accumulate()
-        scores.summarize()
-    return dict(zip(METRICS, (float(v) for v in scores.stats[:6])))
+    path, state = args.out / "corruptions.json", start_corruptions(args, dataset)
+    passes = [("clean", 0)] + [(n, s) for n in args.corruptions for s in args.severities]
+    todo = [(n, s) for n, s in passes if not (state["clean"] if n == "clean" else
+                                              str(s) in state["corruptions"].get(n, {}))]
+    bar = tqdm(total=len(passes) * len(dataset), initial=(len(passes) - len(todo)) * len(dataset),
+               unit="img", desc="clean and corrupted", disable=engine.rank() > 0, smoothing=0.05)
+    scorer, waiting = Scorer(dataset.ground_truth, args.workers), []
+
+    def keep(count: int) -> None:
+        """Waits for the metric until at most `count` passes are left without."""
+        clock = time.perf_counter()
+        while len(waiting) > count:
+            name, severity, future = waiting.pop(0)
+            if name == "clean":
+                state["clean"] = future.result()
+            else:
+                state["corruptions"].setdefault(name, {})[str(severity)] = future.result()
+            state["memory"].append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+            write_json(path, state)
+        state["seconds"]["metric"] += time.perf_counter() - clock
+
+    for name, severity in todo:
+        bar.set_postfix_str(f"{name} {severity or ''}")
+        corrupted = copy.copy(dataset)
+        if severity:
+            corrupted.corruption = partial(corrupt_seeded, name=name, severity=severity, seed=args.seed,
+                                           frost_dir=args.frost_dir)
+        results = detect(model, corrupted, args, device, args.batch_size, bar, state["seconds"])
+        if not engine.rank():
+            waiting.append((name, severity, scorer.submit(results)))
+            keep(count=1)
+    keep(count=0)
+    bar.close()
+    return state
 
 
-def best_boxes(outputs: dict, sizes: list[tuple[int, int]], top: int = 100) -> list[dict[str, Tensor]]:
-    """A detector's outputs -> per image the `top` best of query x class scores (no suppression of
-    neighbours).
-
-    Args:
-        outputs: "pred_logits" (B, Q, K), "pred_boxes" (B, Q, 4). sizes: (width, height) of each original
-            image.
-    Returns:
-        {"scores": (n,) falling, "labels": (n,) int64, "boxes": (n, 4) xyxy in pixels, clipped to the image}
-        per image.
-    """
-    K = outputs["pred_logits"].shape[-1]
-    scores = outputs["pred_logits"].sigmoid().flatten(1)  # (B, Q K)
-    scores, index = scores.topk(min(top, scores.shape[1]))
-    detections = []
-    for s, i, boxes, (w, h) in zip(scores.cpu(), index.cpu(), outputs["pred_boxes"].cpu(), sizes):
-        centre, half = boxes[i // K].split(2, -1)[0], boxes[i // K].split(2, -1)[1] / 2
-        corners = torch.cat([centre - half, centre + half], -1).clamp(0, 1) * torch.tensor([w, h, w, h])
-        detections.append({"scores": s, "labels": i % K, "boxes": corners})
-    return detections
+def start_corruptions(args: argparse.Namespace, dataset: DetectionSet) -> dict:
+    """The content of corruptions.json if it is of the same evaluation, else a fresh one."""
+    path, of = args.out / "corruptions.json", {
+        "model": args.model or args.checkpoint, "data": dataset.name, "images": len(dataset),
+        "image_size": args.image_size, "seed": args.seed, "frost_dir": str(args.frost_dir or "generated")}
+    if args.checkpoint:  # a checkpoint that was trained further is another one
+        of["changed"] = Path(args.checkpoint).stat().st_mtime
+    if path.exists():
+        state = read_json(path, "evaluate.py --corruptions")
+        if state.get("of") != of:
+            raise InputError(f"{path} holds another evaluation, of {state.get('of')}: remove it, or name "
+                             f"another folder by --out")
+        return state
+    return {"of": of, "clean": None, "corruptions": {}, "memory": [],
+            "seconds": {"model": 0.0, "data": 0.0, "metric": 0.0}}
 
 
-@torch.no_grad()
-def detect(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Namespace, device: torch.device,
-           batch_size: int = 1) -> list[dict]:
-    """Detections on a whole set as COCO result dicts, the work split over the processes and gathered in all
-    of them."""
-    was_training = model.training
-    model.eval()
-    mine = Subset(dataset, range(engine.rank(), len(dataset), engine.world_size()))  # no image twice
-    loader = DataLoader(mine, batch_size, num_workers=args.workers, collate_fn=pad_batch)
-    results = []
-    for images, mask, targets in tqdm(loader, f"detecting on {dataset.name}", leave=False, unit="batch",
-                                      disable=engine.rank() > 0):
-        with engine.autocast(args, device):
-            outputs = model(images.to(device), None if mask is None else mask.to(device))
-        for target, found in zip(targets, best_boxes(outputs, [t["size"] for t in targets])):
-            xywh = torch.cat([found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]], 1)
-            for score, label, box in zip(found["scores"].tolist(), found["labels"].tolist(), xywh.tolist()):
-                # Rounded as COCO's own result files are; a full evaluation of COCO is a file of 500,000
-                # entries.
-                results.append({"image_id": target["image_id"], "category_id": dataset.category_ids[label],
-                                "bbox": [round(v, 2) for v in box], "score": round(score, 6)})
-    model.train(was_training)
-    return engine.gather(results)
-
-
-def table(rows: dict[str, tuple | list]) -> str:
-    """Rows of METRICS in percent, under one header."""
-    width = max(map(len, rows))
-    lines = [" " * width + "".join(f"{m:>8}" for m in METRICS)]
-    for name, values in rows.items():
-        lines.append(f"{name:<{width}}" + "".join("       -" if v < 0 else f"{v:8.1f}" for v in values))
-    return "\n".join(lines)
+def report_corruptions(state: dict, paper: str | None, args: argparse.Namespace) -> str:
+    """Draws the bar chart and returns what to print: the row of Table 4, and how far AP fell."""
+    row, clean = corruption_row(state), 100 * state["clean"]["AP"]
+    rows = {"this model": row, **({f"paper, {paper}": PAPER[4][paper]} if paper else {})}
+    corruption_chart(NAMES, row, clean, PAPER[4][paper] if paper else None, args.out / "corruptions.png")
+    seconds = ", ".join(f"{k} {v:.0f} s" for k, v in state["seconds"].items())
+    return (f"{markdown('Table 4', HEADERS[4], list(rows.items()))}\n"
+            f"clean AP {clean:.1f}, mean under corruption (mPC) {row[0]:.1f}, "
+            f"relative (rPC) {100 * row[0] / clean if clean else 0:.1f} %\n"
+            f"waited for: {seconds}; peak memory {state['memory'][0]} MiB after the first pass, "
+            f"{state['memory'][-1]} MiB after the last")
 
 
 # -------------------------------------------------------------------------------------------------- pictures
 
-def colour_of(label: int) -> tuple[int, int, int]:
-    """Distinct bright colours for neighbouring labels, by steps of the golden ratio around the colour
-    circle."""
-    k = (np.array([5, 3, 1]) + label * 0.618034 * 6) % 6
-    return tuple(int(v) for v in 255 * (1 - 0.85 * np.clip(np.minimum(k, 4 - k), 0, 1)))
-
-
-def draw(image: Image.Image, found: dict[str, Tensor], classes: list[str],
-         threshold: float = 0.3) -> Image.Image:
-    """A copy of a picture with the boxes that score at least `threshold`, their class names and scores."""
-    scale = max(1, round(400 / max(image.size)))  # small pictures are enlarged, so that the text can be read
-    picture = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    pen, line = ImageDraw.Draw(picture), max(2, max(picture.size) // 300)
-    font = ImageFont.load_default(max(11, max(picture.size) // 30))
-    rows = zip(*(found[k].tolist() for k in ("scores", "labels", "boxes")))
-    for score, label, box in reversed(list(rows)):  # the best is drawn last, on top
-        if score < threshold:
-            continue
-        x0, y0, x1, y1 = (v * scale for v in box)
-        pen.rectangle((x0, y0, x1, y1), outline=colour_of(label), width=line)
-        text = f"{classes[label]} {score:.2f}"
-        left, top, right, bottom = pen.textbbox((x0 + line, y0 + line), text, font=font)
-        pen.rectangle((left - 2, top - 1, right + 2, bottom + 1), fill=(0, 0, 0))
-        pen.text((x0 + line, y0 + line), text, font=font, fill=colour_of(label))
-    return picture
-
-
-def grid(pictures: list[Image.Image], columns: int = 4, cell: int = 400) -> Image.Image:
-    """One sheet of pictures, each shrunk to at most `cell` pixels a side."""
-    pictures = [ImageOps.contain(p, (cell - 8, cell - 8)) for p in pictures]
-    columns, height = min(columns, len(pictures)), max(p.height for p in pictures) + 8
-    sheet = Image.new("RGB", (columns * cell, -(-len(pictures) // columns) * height), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * cell + 4, i // columns * height + 4))
-    return sheet
-
-
-def picture_results(dataset: DetectionSet, results: list[dict], count: int = 8) -> Image.Image:
-    """The first `count` images of a set with the detections that COCO result dicts hold for them."""
-    label_of = {c: i for i, c in enumerate(dataset.category_ids)}
-    pictures = []
-    for record in dataset.records[:count]:
-        mine = sorted((r for r in results if r["image_id"] == record.id), key=lambda r: -r["score"])
-        boxes = torch.tensor([r["bbox"] for r in mine]).reshape(-1, 4)
-        found = {"scores": torch.tensor([r["score"] for r in mine]),
-                 "boxes": torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1),
-                 "labels": torch.tensor([label_of[r["category_id"]] for r in mine], dtype=torch.int64)}
-        pictures.append(draw(record.image(), found, dataset.classes))
-    return grid(pictures)
-
-
-@torch.no_grad()
 def draw_files(model: torch.nn.Module, classes: list[str], args: argparse.Namespace,
                device: torch.device) -> None:
-    """--images: detects on picture files and writes each, with its boxes, into the output folder."""
+    """--images: detects on picture files and writes each, with its boxes, into the output folder; with
+    --attention also where its best detections looked."""
     # all read before any is written
-    pictures = {f"{Path(p).stem}-detections.png": read_image(p) for p in args.images}
+    pictures = {Path(p).stem: read_image(p) for p in args.images}
     if len(pictures) < len(args.images):
         raise InputError("two of the --images have the same name, and so would their pictures: draw them "
                          "one by one")
     make_folder(args.out)
     for name, image in pictures.items():
-        no_boxes = np.zeros((0, 4)), np.zeros(0, int)
-        resized = Transform(args.image_size)(image, *no_boxes, np.random.default_rng(0))[0]
-        with engine.autocast(args, device):
-            outputs = model(to_tensor(resized)[None].to(device))
-        found = best_boxes(outputs, [image.size])[0]
-        draw(image, found, classes, args.threshold).save(args.out / name)
-        print(f"{args.out / name}: {int((found['scores'] >= args.threshold).sum())} objects")
+        found = detect_image(model, image, args, device)
+        draw(image, found, classes, args.threshold).save(args.out / f"{name}-detections.png")
+        print(f"{args.out / name}-detections.png: {int((found['scores'] >= args.threshold).sum())} objects")
+        if args.attention:
+            draw_attention(model, image, classes, args, device, args.out / f"{name}-attention.png")
+
+
+@torch.no_grad()
+def draw_attention(model: torch.nn.Module, image: Image.Image, classes: list[str], args: argparse.Namespace,
+                   device: torch.device, path: Path) -> None:
+    """Where the `--attention` best detections on a picture looked, layer by layer (3.3: positions as visual
+    prompts)."""
+    config, pixels = model.encoder.config, to_tensor(resize_to_test(image, args))[None].to(device)
+    with Watch(model, config.queries) as watch:
+        found = best_boxes(model(pixels), [image.size])[0]
+    once = sorted({q: i for i, q in reversed(list(enumerate(found["queries"].tolist())))}.values())
+    found = {k: v[once[:args.attention]] for k, v in found.items()}  # a query may be there with two classes
+    h, w = pixels.shape[-2:]
+    padded_h, padded_w = pad_to_multiple(pixels, None, model.encoder.tokenizer.multiple)[0].shape[-2:]
+    padded = (image.width * padded_w / w, image.height * padded_h / h)
+    attention_picture(image, watch.layers, padded, found, classes, config.entry_layer, path)
+    print(f"{path}: where the {len(found['queries'])} best detections looked")
+
+
+def draw_figure(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Namespace,
+                device: torch.device) -> None:
+    """--figure N, like Figure 3: a row for each of the first N images, clean and corrupted, with what is
+    detected."""
+    names, severity = args.corruptions or FIGURE_CORRUPTIONS, args.severities[len(args.severities) // 2]
+    cells = []
+    for record in dataset.records[:args.figure]:
+        image = record.image()
+        for name in (None, *names):
+            seen = image if name is None else corrupt_seeded(
+                image, record.id, name=name, severity=severity, seed=args.seed, frost_dir=args.frost_dir)
+            found = detect_image(model, seen, args, device)
+            cells.append(draw(seen, found, dataset.classes, args.threshold))
+    titles = ["clean", *(f"{n.replace('_', ' ')} {severity}" for n in names)]
+    grid(cells, columns=len(titles), titles=titles).save(args.out / "figure.png")
+    print(f"{args.out / 'figure.png'}: {len(cells)} pictures")
 
 
 def make_folder(path: Path) -> None:
@@ -210,18 +179,51 @@ def make_folder(path: Path) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint",
-                        help="a checkpoint of finetune.py or of the authors, or a COCO result file (.json)")
+    parser.add_argument("checkpoint", nargs="*", help="a checkpoint of finetune.py or of the authors; with "
+                                                      "--table: run folders")
+    parser.add_argument("--predictions", metavar="FILE", help="score this COCO result file instead")
+    parser.add_argument("--model", metavar="hf:NAME", help="a detector of the transformers package instead")
     engine.add_data_flags(parser)
     parser.set_defaults(data=None, image_size=None)
+    parser.add_argument("--batch-size", type=engine.positive, default=1, help="images per forward pass")
+    parser.add_argument("--out", type=Path, help="folder for results and pictures (default: evaluation/ "
+                                                 "beside the checkpoint or result file)")
+    parser.add_argument("--corruptions", nargs="+", choices=("all", *NAMES), metavar="NAME",
+                        help="COCO-C (Table 4): evaluate under these corruptions, or all, as well; goes on "
+                             "where it was interrupted. Names: " + ", ".join(NAMES))
+    parser.add_argument("--severities", nargs="+", type=int, choices=range(1, 6), default=[1, 2, 3, 4, 5],
+                        metavar="1-5", help="of the corruptions (default: all five)")
+    parser.add_argument("--frost-dir", type=Path,
+                        help="folder with frost1.png ... frost5.jpg of the package imagecorruptions "
+                             "(default: generated frost)")
     parser.add_argument("--images", nargs="+", metavar="FILE",
                         help="draw detections on these pictures; no evaluation")
+    parser.add_argument("--attention", type=engine.positive, metavar="N",
+                        help="with --images: draw where the N best detections looked, layer by layer")
+    parser.add_argument("--figure", type=engine.positive, metavar="N",
+                        help="draw the first N images, clean and corrupted, with detections (Figure 3)")
     parser.add_argument("--threshold", type=float, default=0.3, help="least score of a box that is drawn")
-    parser.add_argument("--out", type=Path,
-                        help="folder for results.json and pictures (default: evaluation/ beside the "
-                             "checkpoint)")
-    parser.add_argument("--batch-size", type=engine.positive, default=1, help="images per forward pass")
-    return parser.parse_args()
+    parser.add_argument("--table", type=int, choices=sorted(PAPER),
+                        help="print this table of the paper with finished runs below its rows")
+    args = parser.parse_args()
+    sources = [*args.checkpoint, *filter(None, (args.predictions, args.model))]
+    if not args.table and len(sources) != 1:
+        parser.error("give one checkpoint, or --predictions, or --model" if not sources else
+                     f"only one of {', '.join(sources)} can be evaluated at a time")
+    if args.model and not args.model.startswith("hf:"):
+        parser.error(f"--model {args.model}: the name must begin with hf:, as hf:facebook/detr-resnet-50")
+    if args.predictions and (args.images or args.figure or args.corruptions):
+        parser.error("--images, --figure and --corruptions need a detector, not --predictions")
+    if args.attention and (args.model or not args.images):
+        parser.error("--attention needs a checkpoint of FP-DETR and --images")
+    if args.corruptions and "all" in args.corruptions:
+        args.corruptions = list(NAMES)
+    if not args.table:
+        args.checkpoint = args.checkpoint[0] if args.checkpoint else None
+        named = f"runs/{args.model[3:].strip('/.').replace('/', '-')}/-" if args.model else None
+        beside = args.checkpoint or args.predictions or named
+        args.out = args.out or Path(beside).parent / "evaluation"
+    return args
 
 
 def check_classes(dataset: DetectionSet, classes: list[str], checkpoint: str) -> None:
@@ -254,40 +256,59 @@ def read_results(path: str, dataset: DetectionSet) -> list[dict]:
 
 def main() -> None:
     args = parse()
+    if args.table:
+        print(paper_table(args.table, args.checkpoint))
+        return
     device = engine.setup(args)
-    args.out = args.out or Path(args.checkpoint).parent / "evaluation"
-    info, model = {}, None
-    if not args.checkpoint.endswith(".json"):
-        model, info = engine.load_detector(args.checkpoint)
-        model.to(device)
+    model, info = engine.load_detector(args.checkpoint) if args.checkpoint else (None, {})
     trained = info.get("args", {})
     args.image_size = args.image_size or trained.get("image_size", 800)
     if args.images:
-        if model is None:
-            raise InputError(f"{args.checkpoint} holds results; --images needs a checkpoint")
-        return draw_files(model, info["classes"], args, device)
+        model = model or load_hugging_face(args.model[3:])
+        return draw_files(model.to(device), info.get("classes") or model.classes, args, device)
     dataset = detection_set(args.data or trained.get("data", "coco"), args.split,
-                            args.data_root or trained.get("data_root"), args.limit_val, args.image_size)
-    if model is not None:
+                            args.data_root or trained.get("data_root"), args.limit_val, args.image_size,
+                            cache=args.out)
+    if args.predictions:
+        results = read_results(args.predictions, dataset)
+    elif args.model:
+        model = load_hugging_face(args.model[3:], dataset.classes)
+    else:
         check_classes(dataset, info["classes"], args.checkpoint)
+    if model is not None:
+        model.to(device)
         engine.check_images(dataset)
-    results = read_results(args.checkpoint, dataset) if model is None else []
     make_folder(args.out)
+    if args.figure:
+        return draw_figure(model, dataset, args, device)
+    variant = engine.variant_of(info["config"]) if info else ""
+    paper = f"FP-DETR-{variant.capitalize()}"
+    if dataset.name not in ("coco val", "cityscapes val") or args.limit_val or paper not in PAPER[2]:
+        paper = None
+    if args.corruptions:
+        state = evaluate_corruptions(model, dataset, args, device)
+        if not engine.rank():
+            print(report_corruptions(state, paper, args))
+        return
     if model is not None:
         results = detect(model, dataset, args, device, args.batch_size)
-    if engine.rank():
-        return
+    if not engine.rank():
+        report(results, dataset, paper, args)
+
+
+def report(results: list[dict], dataset: DetectionSet, paper: str | None, args: argparse.Namespace) -> None:
+    """Writes results.json, metrics.json and detections.png and prints the table."""
     metrics = coco_metrics(dataset.ground_truth, results)
     (args.out / "results.json").write_text(json.dumps(results))
-    (args.out / "metrics.json").write_text(json.dumps({"data": dataset.name, "images": len(dataset),
-                                                       **metrics}, indent=1))
+    write_json(args.out / "metrics.json", {"data": dataset.name, "images": len(dataset), **metrics})
     picture_results(dataset, results).save(args.out / "detections.png")
-    rows = {"this model": [100 * v for v in metrics.values()]}
-    variant = engine.variant_of(info["config"]) if info else None
-    if dataset.name == "coco val" and args.limit_val is None and variant in PAPER:
-        rows[f"paper, FP-DETR-{variant.capitalize()}"] = PAPER[variant]
-    print(f"{dataset.name}, {len(dataset)} images, AP in percent\n{table(rows)}\nresults and pictures: "
-          f"{args.out}")
+    number = 5 if dataset.name.startswith("cityscapes") else 2
+    rows = {"this model": tuple(100 * v for v in metrics.values())}
+    if paper:
+        first = HEADERS[number].index("AP")
+        rows[f"paper, {paper}"] = PAPER[number][paper][first:first + len(METRICS)]
+    print(f"{dataset.name}, {len(dataset)} images, AP in percent\n"
+          f"{markdown('', METRICS, list(rows.items()))}\nresults and pictures: {args.out}")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ from tqdm import tqdm
 
 import engine
 from data import DetectionSet, detection_set, micro_batches
-from evaluate import coco_metrics, detect, picture_results, table
+from inference import METRICS, coco_metrics, detect
 from model import VARIANTS, InputError
+from pictures import picture_results
+from tables import markdown, mean_and_deviation, write_json
 
 CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 2.0, 5.0, 2.0  # of the losses and, the same, of the matching costs
 FOCAL_ALPHA = 0.25  # and gamma 2, written out as squares below
@@ -125,6 +127,9 @@ def detection_loss(outputs: dict, targets: list[dict],
 
 # ---------------------------------------------------------------------------------------------------- recipe
 
+# Cityscapes (4.2, Table 5): batch 8. The paper gives no learning rate for it; the released code has 2e-4 for
+# Lite, else 1e-4.
+CITYSCAPES_RECIPE = dict(batch_size=8)
 # What the embedded data change in the paper's recipe: a small model, from scratch, in minutes.
 SHAPES_RECIPE = dict(epochs=14, batch_size=16, micro_batch=16, lr=1e-3, schedule="one-cycle", image_size=64,
                      augment="flip", dropout=0.0, backbone_lr=1.0, sampling_lr=1.0, queries=25, workers=0,
@@ -134,13 +139,19 @@ SHAPES_RECIPE = dict(epochs=14, batch_size=16, micro_batch=16, lr=1e-3, schedule
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="The defaults are the paper's. With --data shapes they are instead: "
+        epilog="The defaults are the paper's. With --data cityscapes they are instead: --batch-size 8, --lr "
+        "2e-4 for lite. With --data shapes: "
         + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in SHAPES_RECIPE.items()))
     engine.add_run_flags(parser)
     engine.add_data_flags(parser)
     parser.add_argument("--pretrained",
                         help="checkpoint to start from: of pretrain.py, of finetune.py or released")
     parser.add_argument("--queries", type=int, help="number of object queries (paper: 300; tiny: 50)")
+    parser.add_argument("--adaptor", choices=("self-attention", "bilstm", "none"),
+                        help="task adaptor (Eq. 5, Table 3; default: self-attention, none in an "
+                             "encoder-decoder)")
+    parser.add_argument("--adaptor-per-layer", action="store_true",
+                        help="a task adaptor for each layer that holds queries, not one for all (Table 3)")
     parser.add_argument("--dropout", type=engine.fraction, default=0.1,
                         help="released code; the paper is silent")
     parser.add_argument("--augment", choices=("paper", "flip", "none"), default="paper",
@@ -158,10 +169,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--clip", type=engine.rate, default=0.1,
                         help="largest L2 norm of the gradient (released code)")
     parser.add_argument("--eval-every", type=engine.positive, default=1, help="epochs between evaluations")
+    parser.add_argument("--seeds", type=engine.positive, default=1,
+                        help="train with this many seeds, from --seed on, one after another; finished ones "
+                             "are collected, unfinished ones resumed. Prints mean and deviation as Table 5 "
+                             "(paper: 5 on Cityscapes)")
     known, _ = parser.parse_known_args()
-    if known.data == "shapes":
-        parser.set_defaults(**SHAPES_RECIPE)
-    return parser.parse_args()
+    recipe = {"shapes": SHAPES_RECIPE, "cityscapes": CITYSCAPES_RECIPE}.get(known.data, {})
+    if (known.data, known.variant) == ("cityscapes", "lite"):
+        recipe = {**recipe, "lr": 2e-4}
+    parser.set_defaults(**recipe)
+    args = parser.parse_args()
+    args.adaptor = args.adaptor or ("none" if args.structure == "encoder-decoder" else "self-attention")
+    if args.seeds > 1 and args.resume:
+        parser.error("--seeds resumes what is unfinished by itself: leave --resume away")
+    return args
 
 
 def optimizer_of(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
@@ -216,13 +237,14 @@ def evaluate_epoch(model, dataset: DetectionSet, args: argparse.Namespace, devic
 
 def prepare(args: argparse.Namespace, device: torch.device):
     """Everything that can fail on bad input, before anything is written: data, model, weights."""
-    root = dict(root=args.data_root, image_size=args.image_size, seed=args.seed)
+    root = dict(root=args.data_root, image_size=args.image_size, seed=args.seed, cache=args.out)
     train = detection_set(args.data, "train", limit=args.limit_train, augment=args.augment, **root)
     val = detection_set(args.data, args.split, limit=args.limit_val, **root)
     if train.classes != val.classes:
         raise InputError(f"{train.name} and {val.name} have different categories: "
                          f"{sorted(set(train.classes) ^ set(val.classes)) or 'in another order'}")
-    config = replace(VARIANTS[args.variant], dropout=args.dropout,
+    config = replace(VARIANTS[args.variant], dropout=args.dropout, structure=args.structure,
+                     adaptor=args.adaptor, adaptor_per_layer=args.adaptor_per_layer,
                      queries=VARIANTS[args.variant].queries if args.queries is None else args.queries)
     model = engine.build_detector(config, args.layout, len(train.classes))
     state = engine.load_weights(model, args, "finetune", train.classes, args.pretrained)
@@ -255,9 +277,9 @@ def train_epoch(model, optimizer, loader: DataLoader, epoch: int, args, device, 
     return (epoch + 1) * steps
 
 
-def main() -> None:
-    args = parse()
-    device = engine.setup(args)
+def train(args: argparse.Namespace, device: torch.device) -> dict:
+    """One run, to its end. Returns what it leaves in metrics.json."""
+    torch.manual_seed(args.seed)
     run = engine.Run(args, "finetune")
     args.out = run.folder
     train, val, model, state = prepare(args, device)
@@ -272,6 +294,7 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         start, best, metrics = state["epoch"], state["best"], state["metrics"]
         run.rewind(state["step"])
+    origin = state["origin"] if state else engine.origin_of(args.pretrained)
 
     bar = tqdm(total=args.epochs * len(train), initial=start * len(train), unit="img",
                disable=engine.rank() > 0,
@@ -294,12 +317,34 @@ def main() -> None:
         # epochs of a tiny set may last less than a save
         if metrics_are_new or run.seconds_since_save() > 60:
             run.save({**checkpoint, "optimizer": optimizer.state_dict(), "epoch": epoch + 1, "step": step,
-                      "best": best, "metrics": metrics})
+                      "best": best, "metrics": metrics, "origin": origin})
     bar.close()
+    summary = engine.summary(model, args, {"data": val.name, "images": len(val), **origin, **metrics})
     if not engine.rank():
+        write_json(run.folder / "metrics.json", summary)
+        row = [("this model", tuple(100 * metrics[m] for m in METRICS))]
         print(f"{val.name}, {len(val)} images, AP in percent, {run.minutes()}\n"
-              f"{table({'this model': [100 * v for v in metrics.values()]})}\neverything of this run: "
-              f"{run.folder}")
+              f"{markdown('', METRICS, row)}\neverything of this run: {run.folder}")
+    return summary
+
+
+def main() -> None:
+    args = parse()
+    device = engine.setup(args)
+    if args.seeds == 1:
+        train(args, device)
+        return
+    folder, runs = engine.Run.folder_of(args, "finetune"), []
+    for seed in range(args.seed, args.seed + args.seeds):
+        out = folder / f"seed-{seed}"
+        resume = (out / "last.pt").exists() and not args.overwrite
+        # a folder without a checkpoint holds nothing that could be lost
+        one = {"seed": seed, "seeds": 1, "out": out, "resume": resume, "overwrite": not resume}
+        runs.append(train(argparse.Namespace(**{**vars(args), **one}), device))
+    if not engine.rank():
+        row = tuple(mean_and_deviation([r[m] for r in runs]) for m in METRICS)
+        print(f"{runs[0]['data']}, {args.seeds} seeds, AP in percent, mean and deviation\n"
+              f"{markdown('', METRICS, [('this model', row)])}\neverything of these runs: {folder}")
 
 
 if __name__ == "__main__":

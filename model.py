@@ -1,5 +1,5 @@
 """FP-DETR: one deformable transformer encoder, asked by a few extra tokens (Wang et al., ICLR 2022, Sections
-3 and 4.1).
+3 and 4.1), with its variants: the task adaptors of Table 3 and the encoder-decoder of Table 7.
 
 With one extra token, the class token, the answer is an image class (`Classifier`, pre-training, 3.2); with
 300 of them, the object queries, it is a set of boxes (`Detector`, fine-tuning, 3.3). Both are the same
@@ -22,7 +22,8 @@ from deform_attn_jit import InputError
 
 @dataclass(frozen=True)
 class Config:
-    """The size of a model (Table 1). Frozen: derive a changed one with `dataclasses.replace`."""
+    """The size of a model (Table 1). Frozen: derive a changed one with `dataclasses.replace`; InputError if
+    it is impossible. FP-EncDec (Table 7) is structure="encoder-decoder" together with adaptor="none"."""
     dim: int = 256            # D, channels of every token
     mlp_dim: int = 1024       # hidden channels of a layer's MLP
     heads: int = 8            # M, attention heads
@@ -33,19 +34,35 @@ class Config:
     queries: int = 300        # N_q, object queries of a detector (4.1)
     dropout: float = 0.0      # the released fine-tuning uses 0.1 everywhere; the paper does not mention it
     drop_path: float = 0.0    # stochastic depth of the last layer, in pre-training
-    adaptor: str = "self-attention"  # the task adaptor of Eq. 5, or "none" (Table 3)
+    adaptor: str = "self-attention"  # of a detector (Eq. 5); or "bilstm" or "none" (Table 3)
+    adaptor_per_layer: bool = False  # each layer that holds queries has its own, none is shared (Table 3)
+    structure: str = "encoder-only"  # or "encoder-decoder": from entry_layer on, decoder layers (A.2)
+    class_tokens: int = 1     # of a classifier; 300 in the better FP-EncDec (A.2)
 
     def __post_init__(self):
+        decoder = self.structure == "encoder-decoder"
         if self.dim % self.heads or self.dim % 4:
-            raise InputError(f"dim {self.dim} must be divisible by 4 (sine positions) and by the "
-                             f"{self.heads} heads")
-        if not 1 <= self.entry_layer <= self.layers:
-            raise InputError(f"entry layer {self.entry_layer} does not exist: choose one of 1 to "
-                             f"{self.layers}")
+            raise InputError(f"dim {self.dim} must be divisible by 4 (positions) and by {self.heads} heads")
+        if not decoder and self.structure != "encoder-only":
+            raise InputError(f"unknown structure {self.structure!r}: choose encoder-only or encoder-decoder")
+        if not 1 + decoder <= self.entry_layer <= self.layers:
+            raise InputError(f"entry layer {self.entry_layer} is impossible in an {self.structure}: choose "
+                             f"one of {1 + decoder} to {self.layers}")
         if self.queries < 1:
             raise InputError(f"{self.queries} queries cannot detect anything: choose 1 or more")
-        if self.adaptor not in ("self-attention", "none"):
-            raise InputError(f"unknown adaptor {self.adaptor!r}: choose self-attention or none")
+        if self.class_tokens < 1:
+            raise InputError(f"{self.class_tokens} class tokens cannot classify anything: choose 1 or more")
+        if self.adaptor not in ("self-attention", "bilstm", "none"):
+            raise InputError(f"unknown adaptor {self.adaptor!r}: choose self-attention, bilstm or none")
+        if decoder and self.adaptor != "none":
+            raise InputError(f"adaptor {self.adaptor} in an encoder-decoder (A.2 has none): choose none")
+        if self.adaptor_per_layer and self.adaptor == "none":
+            raise InputError("adaptor none cannot be one per layer: choose self-attention or bilstm")
+
+    @property
+    def extra_layers(self) -> int:
+        """How many layers hold the extra tokens: the last six (4.1)."""
+        return self.layers - self.entry_layer + 1
 
 
 VARIANTS: dict[str, Config] = {
@@ -61,30 +78,25 @@ VARIANTS: dict[str, Config] = {
 
 class Tokenizer(nn.Module):
     """Table 6: four non-overlapping convolutions in a chain, each followed by a LayerNorm; strides 8, 16,
-    32, 64. Every level is projected to D by its own linear layer (A.1). The released code differs, see
-    released.py."""
+    32, 64. Each level is projected to D by its own linear layer (A.1). Released code: see released.py."""
     strides = (8, 16, 32, 64)
-    # a detector pads its images to a multiple of this, lest the last column of patches be cut off
-    multiple = 64
+    multiple = 64  # a detector pads its images to a multiple of this, lest the last patches be cut off
 
     def __init__(self, config: Config):
         super().__init__()
         d0 = config.tokenizer_dim
         chain = ((3, 8), (d0, 2), (d0, 2), (d0, 2))  # input channels, kernel size = stride
         self.convs = nn.ModuleList(nn.Conv2d(channels, d0, k, stride=k) for channels, k in chain)
-        # eps as in the released code
-        self.norms = nn.ModuleList(nn.LayerNorm(d0, eps=1e-6) for _ in self.convs)
+        self.norms = nn.ModuleList(nn.LayerNorm(d0, eps=1e-6) for _ in self.convs)  # eps as released
         self.projections = nn.ModuleList(nn.Linear(d0, config.dim) for _ in self.convs)
         for projection in self.projections:
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images: (B, 3, H, W), H and W at least 64 -> four levels, each (B, H // stride, W // stride,
-        D)."""
+        """images: (B, 3, H, W), H, W at least 64 -> four levels, each (B, H // stride, W // stride, D)."""
         if min(images.shape[-2:]) < self.strides[-1]:
-            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels are too small: each side needs "
-                             f"at least 64")
+            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels: each side needs at least 64")
         levels, x = [], images
         for conv, norm, projection in zip(self.convs, self.norms, self.projections):
             x = norm(conv(x).permute(0, 2, 3, 1))  # (B, h, w, D0)
@@ -95,11 +107,7 @@ class Tokenizer(nn.Module):
 
 def sine_positions(valid: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """Sine embedding of each token's place, counted over valid tokens and scaled to [0, 2 pi] (as in
-    Deformable DETR).
-
-    valid: (B, h, w) bool, True for tokens of the image, False for padding -> (B, h, w, dim), first half y,
-        second half x.
-    """
+    Deformable DETR). valid: (B, h, w) bool, False at padding -> (B, h, w, dim), first y, then x."""
     places = []
     for axis in (1, 2):
         place = valid.cumsum(axis, dtype=dtype)  # 1, 2, 3, ... along the axis
@@ -112,21 +120,20 @@ def sine_positions(valid: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 
 @dataclass
 class ImageTokens:
-    """What the encoder knows of a batch of images, with N = sum of h_l w_l tokens, levels from fine to
-    coarse (3.1)."""
-    content: Tensor               # (B, N, D)
-    positions: Tensor             # (B, N, D), sine position + level embedding
-    references: Tensor            # (B, N, 4, 2), each token's own centre as (x, y) on every level's map
+    """What the encoder knows of a batch of images; N = sum of h_l w_l tokens, levels fine to coarse: 3.1."""
+    content: Tensor                # (B, N, D)
+    positions: Tensor              # (B, N, D), sine position + level embedding
+    references: Tensor             # (B, N, 4, 2), each token's own centre as (x, y) on every level's map
     shapes: list[tuple[int, int]]  # (h_l, w_l)
-    padding: Tensor | None        # (B, N), True at padding; None if no image is padded
-    valid_ratios: Tensor          # (B, 4, 2), the part of each level's (width, height) that is no padding
+    padding: Tensor | None         # (B, N), True at padding; None if no image is padded
+    valid_ratios: Tensor           # (B, 4, 2), the part of each level's (width, height) that is no padding
 
 
 # -------------------------------------------------------------------------------- extra tokens (Eq. 1 and 4)
 
 @dataclass
 class ExtraTokens:
-    """The class token or the object queries of a batch, E of them."""
+    """The class tokens or the object queries of a batch, E of them."""
     content: Tensor     # (B, E, D)
     positions: Tensor   # (B, E, D), the visual prompts
     references: Tensor  # (B, E, 2) as (x, y) in [0, 1] of the unpadded image
@@ -134,8 +141,8 @@ class ExtraTokens:
 
 class ExtraTokenEmbedding(nn.Module):
     """Learned content and position of the extra tokens. The position is a *visual prompt* (3.3): a linear
-    layer maps it to the reference point, so it says where to look. One token pre-trains (x_cls), N_q tokens
-    detect (x_obj, p)."""
+    layer maps it to the reference point, so it says where to look. One token pre-trains (x_cls; A.2: or
+    300), N_q tokens detect (x_obj, p)."""
 
     def __init__(self, count: int, dim: int):
         super().__init__()
@@ -152,10 +159,10 @@ class ExtraTokenEmbedding(nn.Module):
         return ExtraTokens(*(x.expand(batch_size, -1, -1) for x in parts))
 
 
-class SelfAttentionAdaptor(nn.Module):
-    """The task adaptor of Eq. 5: self-attention among the queries before each layer that holds them, shared
-    by those layers (4.3). The relations between objects, which one class token could never learn in
-    pre-training, come in here.
+class TaskAdaptor(nn.Module):
+    """The task adaptor of Eq. 5, before each layer that holds queries; by default self-attention among them,
+    shared by these layers, else a Bi-LSTM along them (4.3, Table 3). The relations between objects, which
+    one class token could never learn in pre-training, come in here.
 
     Released code: the LayerNorm is one per layer and runs over the image tokens too (see released.py).
     Paper: nothing about a norm; we keep one on the queries, shared like the attention.
@@ -163,23 +170,55 @@ class SelfAttentionAdaptor(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.attention = nn.MultiheadAttention(config.dim, config.heads, dropout=config.dropout,
-                                               batch_first=True)
-        nn.init.xavier_uniform_(self.attention.out_proj.weight)  # in_proj is xavier-uniform by default
+        if config.adaptor == "bilstm":
+            # Sized by neither paper nor code. With ours, D / 4 channels a direction, both added, Lite in the
+            # released layout rounds as Table 3, be it one per layer (11.41M) or one shared (10.50M), as it
+            # does with self-attention (11.90M, 10.58M); "none" (10.32M) is 11M in no layout. In this order,
+            # paper layout: 11.16, 10.25, 11.65, 10.33, 10.07M; as the authors count, with a masked fifth
+            # level in layers 7-12: 11.56, 10.65, 12.05, 10.73, 10.47M.
+            self.lstm = nn.LSTM(config.dim, config.dim // 4, batch_first=True, bidirectional=True)
+            self.projection = nn.Linear(config.dim // 4, config.dim)
+            for weight in (p for p in self.parameters() if p.dim() == 2):  # as every matrix, released code
+                nn.init.xavier_uniform_(weight)
+        else:
+            self.attention = nn.MultiheadAttention(config.dim, config.heads, dropout=config.dropout,
+                                                   batch_first=True)
+            nn.init.xavier_uniform_(self.attention.out_proj.weight)  # in_proj is xavier-uniform by default
         self.dropout = nn.Dropout(config.dropout)
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, extra: Tensor, positions: Tensor, image: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """extra, positions: (B, E, D); image: (B, N, D); step: 0 before the first layer with queries, then
         1, 2, ... -> the new extra and image tokens (the latter unchanged)."""
-        return self.norm(self.attend(extra, positions)), image
+        return self.norm(self.relate(extra, positions)), image
 
-    def attend(self, extra: Tensor, positions: Tensor) -> Tensor:
+    def relate(self, extra: Tensor, positions: Tensor) -> Tensor:
         where = extra + positions
-        return extra + self.dropout(self.attention(where, where, extra, need_weights=False)[0])
+        if hasattr(self, "lstm"):
+            forwards, backwards = self.lstm(where)[0].chunk(2, -1)  # (B, E, D / 4) each
+            related = self.projection(forwards + backwards)
+        else:
+            related = self.attention(where, where, extra, need_weights=False)[0]
+        return extra + self.dropout(related)
 
 
-# ---------------------------------------------------------------------------------------- encoder (3.2, 4.1)
+class AdaptorPerLayer(nn.ModuleList):
+    """Table 3 without sharing: every layer that holds queries has an adaptor of its own."""
+
+    def forward(self, extra: Tensor, positions: Tensor, image: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        return self[step](extra, positions, image, 0)  # its one layer is its first
+
+
+def build_adaptor(config: Config, kind: type[TaskAdaptor] = TaskAdaptor) -> nn.Module | None:
+    """A row of Table 3: no adaptor, one of its own for each layer, or one for all."""
+    if config.adaptor == "none":
+        return None
+    if config.adaptor_per_layer:
+        return AdaptorPerLayer(kind(config) for _ in range(config.extra_layers))
+    return kind(config)
+
+
+# ---------------------------------------------------------------------------------- encoder (3.2, 4.1, A.2)
 
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016), one of the DeiT strategies (4.1): in training, a residual branch
@@ -205,8 +244,7 @@ class EncoderLayer(nn.Module):
         self.attention = MSDeformAttn(config.dim, config.heads, levels=4, points=config.points)
         self.norm1 = nn.LayerNorm(config.dim)
         self.mlp = nn.Sequential(nn.Linear(config.dim, config.mlp_dim), nn.ReLU(),
-                                 nn.Dropout(config.dropout),
-                                 nn.Linear(config.mlp_dim, config.dim))
+                                 nn.Dropout(config.dropout), nn.Linear(config.mlp_dim, config.dim))
         for linear in (self.mlp[0], self.mlp[3]):
             nn.init.xavier_uniform_(linear.weight)
         self.norm2 = nn.LayerNorm(config.dim)
@@ -218,9 +256,12 @@ class EncoderLayer(nn.Module):
         -> like tokens."""
         # 3.2 makes the extra tokens a fifth level and masks it, so that nobody attends to them. A masked
         # softmax gives that level weight 0; we leave it out instead: the same result exactly, for a fifth
-        # less work. So the values are the image tokens alone, and image tokens cannot depend on the extra
-        # tokens.
-        memory = tokens[:, -image.content.shape[1]:]
+        # less work. So the values are the image tokens alone, which cannot depend on the extra tokens.
+        return self.sample(tokens, positions, references, tokens[:, -image.content.shape[1]:], image)
+
+    def sample(self, tokens: Tensor, positions: Tensor, references: Tensor, memory: Tensor,
+               image: ImageTokens) -> Tensor:
+        """The whole layer, for any tokens that sample from the image tokens `memory` (B, N, D)."""
         # Eq. 4 adds positions to the content once, at the input. Like the released code and Deformable DETR
         # we add them to the query side of every layer instead: a prompt has to be readable in every layer.
         attended = self.attention(tokens + positions, references, memory, image.shapes, image.padding)
@@ -228,16 +269,40 @@ class EncoderLayer(nn.Module):
         return self.norm2(tokens + self.drop_path(self.dropout(self.mlp(tokens))))
 
 
+class DecoderLayer(EncoderLayer):
+    """A layer of FP-EncDec (A.2), post-norm as in Deformable DETR: standard self-attention among the extra
+    tokens, then these alone take an encoder layer's way, so that MSDSA becomes cross-attention to the image
+    tokens, which stay as the last encoder layer left them."""
+
+    def __init__(self, config: Config, depth: float):
+        super().__init__(config, depth)
+        self.self_attention = nn.MultiheadAttention(config.dim, config.heads, dropout=config.dropout,
+                                                    batch_first=True)
+        nn.init.xavier_uniform_(self.self_attention.out_proj.weight)
+        self.norm0 = nn.LayerNorm(config.dim)
+
+    def forward(self, tokens: Tensor, positions: Tensor, references: Tensor, image: ImageTokens) -> Tensor:
+        count = tokens.shape[1] - image.content.shape[1]
+        extra, memory = tokens[:, :count], tokens[:, count:]
+        where = extra + positions[:, :count]
+        related = self.self_attention(where, where, extra, need_weights=False)[0]
+        extra = self.norm0(extra + self.drop_path(self.dropout(related)))
+        extra = self.sample(extra, positions[:, :count], references[:, :count], memory, image)
+        return torch.cat([extra, memory], 1)
+
+
 class Encoder(nn.Module):
-    """Everything that pre-training hands over: tokenizer, level embedding and the T layers."""
+    """Everything that pre-training hands over: tokenizer, level embedding, the T layers, decoder or not."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.tokenizer = Tokenizer(config)
         self.level_embed = nn.Parameter(torch.randn(4, config.dim))
-        self.layers = nn.ModuleList(EncoderLayer(config, depth=i / max(1, config.layers - 1))
-                                    for i in range(config.layers))
+        later = DecoderLayer if config.structure == "encoder-decoder" else EncoderLayer
+        kinds = [EncoderLayer] * (config.entry_layer - 1) + [later] * config.extra_layers
+        self.layers = nn.ModuleList(kind(config, depth=i / max(1, config.layers - 1))
+                                    for i, kind in enumerate(kinds))
 
     def embed(self, images: Tensor, padding_mask: Tensor | None) -> ImageTokens:
         """images (B, 3, H, W), padding_mask (B, H, W), True at padding, or None -> the sequence of 3.1."""
@@ -247,20 +312,17 @@ class Encoder(nn.Module):
             # A token is valid if its top left pixel is: "nearest", as in Deformable DETR.
             valid = [~F.interpolate(padding_mask[:, None].float(), v.shape[1:])[:, 0].bool() for v in valid]
         dtype = self.level_embed.dtype
-        # (B, 2) as (w, h)
-        counts = [torch.stack([v[:, 0].sum(1), v[:, :, 0].sum(1)], -1).to(dtype) for v in valid]
         shapes = [tuple(v.shape[1:]) for v in valid]
-        # (B, 4, 2)
+        # (B, 2) as (w, h) for each level
+        counts = [torch.stack([v[:, 0].sum(1), v[:, :, 0].sum(1)], -1).to(dtype) for v in valid]
         valid_ratios = torch.stack([torch.stack([n[:, 0] / w, n[:, 1] / h], -1)
-                                    for n, (h, w) in zip(counts, shapes)], 1)
+                                    for n, (h, w) in zip(counts, shapes)], 1)  # (B, 4, 2)
         positions, centres = [], []
         for v, n, embed in zip(valid, counts, self.level_embed):
             positions.append((sine_positions(v, self.config.dim, dtype) + embed).flatten(1, 2))
-            y, x = torch.meshgrid(*(torch.arange(s, device=v.device, dtype=dtype) + 0.5
-                                    for s in v.shape[1:]),
-                                  indexing="ij")
-            # (B, h w, 2) in [0, 1] of the image
-            centres.append(torch.stack([x, y], -1).flatten(0, 1) / n[:, None])
+            rows, columns = (torch.arange(s, device=v.device, dtype=dtype) + 0.5 for s in v.shape[1:])
+            y, x = torch.meshgrid(rows, columns, indexing="ij")
+            centres.append(torch.stack([x, y], -1).flatten(0, 1) / n[:, None])  # (B, h w, 2), in the image
         references = torch.cat(centres, 1)[:, :, None] * valid_ratios[:, None]  # (B, N, 4, 2)
         padding = None if padding_mask is None else torch.cat([~v.flatten(1) for v in valid], 1)
         content = torch.cat([x.flatten(1, 2) for x in levels], 1)
@@ -271,26 +333,24 @@ class Encoder(nn.Module):
         """
         Args:
             images: (B, 3, H, W). padding_mask: (B, H, W), True at padding, or None if there is none.
-            extra: the tokens that enter at `config.entry_layer`. adaptor: see SelfAttentionAdaptor; None in
-                pre-training.
+            extra: the tokens that enter at `config.entry_layer`.
+            adaptor: see TaskAdaptor; None in pre-training.
         Returns:
-            the extra tokens (B, E, D) after each layer that holds them, and the image tokens (B, N, D) after
-            the last.
+            the extra tokens (B, E, D) after each layer that holds them; the image tokens (B, N, D) at last.
         """
         image = self.embed(images, padding_mask)
         tokens, positions, references = image.content, image.positions, image.references
         count, states = extra.content.shape[1], []
         for number, layer in enumerate(self.layers, start=1):
             if number == self.config.entry_layer:
-                # Order of Eq. 1 and 4, extra tokens first (the released code puts them last; it changes
-                # nothing).
+                # Order of Eq. 1 and 4, extra tokens first (the released code puts them last; no effect).
                 tokens = torch.cat([extra.content, tokens], 1)
                 positions = torch.cat([extra.positions, positions], 1)
                 prompts = extra.references[:, :, None] * image.valid_ratios[:, None]  # (B, E, 4, 2)
                 references = torch.cat([prompts, references], 1)
             if number >= self.config.entry_layer and adaptor is not None:
-                tokens = torch.cat(adaptor(tokens[:, :count], extra.positions, tokens[:, count:],
-                                           len(states)), 1)
+                adapted = adaptor(tokens[:, :count], extra.positions, tokens[:, count:], len(states))
+                tokens = torch.cat(adapted, 1)
             tokens = layer(tokens, positions, references, image)
             if number >= self.config.entry_layer:
                 states.append(tokens[:, :count])
@@ -300,18 +360,19 @@ class Encoder(nn.Module):
 # ------------------------------------------------------------------------------------------------ the models
 
 class Classifier(nn.Module):
-    """Pre-training (3.2): the class token of the last layer, through a linear layer."""
+    """Pre-training (3.2): the class token of the last layer, through a linear layer. If there are several,
+    "pooled into a single class token" (A.2): by their mean, since the paper does not say how."""
 
     def __init__(self, config: Config, num_classes: int):
         super().__init__()
         self.encoder = Encoder(config)
-        self.class_token = ExtraTokenEmbedding(1, config.dim)
+        self.class_token = ExtraTokenEmbedding(config.class_tokens, config.dim)
         self.class_head = nn.Linear(config.dim, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W), normalised, at least 64 pixels a side -> logits (B, num_classes)."""
         states, _ = self.encoder(images, self.class_token(len(images)))
-        return self.class_head(states[-1][:, 0])
+        return self.class_head(states[-1].mean(1))
 
 
 def pad_to_multiple(images: Tensor, padding_mask: Tensor | None,
@@ -332,20 +393,18 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 class Detector(nn.Module):
     """Fine-tuning (3.3): the class token replaced by object queries, a task adaptor among them, two heads
-    shared by the supervised layers (deep supervision on all layers that hold queries: the last six, 4.1)."""
+    shared by the supervised layers (deep supervision on all that hold queries: the last six, 4.1)."""
 
     def __init__(self, config: Config, num_classes: int):
         super().__init__()
         self.encoder = Encoder(config)
         self.queries = ExtraTokenEmbedding(config.queries, config.dim)
-        self.adaptor = SelfAttentionAdaptor(config) if config.adaptor == "self-attention" else None
+        self.adaptor = build_adaptor(config)
         self.class_head = nn.Linear(config.dim, num_classes)
-        # every class starts at 1 %, as RetinaNet's prior
-        nn.init.constant_(self.class_head.bias, -math.log(99))
+        nn.init.constant_(self.class_head.bias, -math.log(99))  # every class starts at 1 %, as RetinaNet
         self.box_head = nn.Sequential(nn.Linear(config.dim, config.dim), nn.ReLU(),
                                       nn.Linear(config.dim, config.dim), nn.ReLU(), nn.Linear(config.dim, 4))
-        # so boxes start at their reference point, 12 % of the image wide
-        nn.init.zeros_(self.box_head[-1].weight)
+        nn.init.zeros_(self.box_head[-1].weight)  # so boxes start at their reference point, 12 % wide
         with torch.no_grad():
             self.box_head[-1].bias.copy_(torch.tensor([0.0, 0.0, -2.0, -2.0]))
 

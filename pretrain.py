@@ -28,10 +28,11 @@ from tqdm import tqdm
 import engine
 from augment import mix, smooth_targets
 from data import ClassificationSet, ClassificationTransform, classification_set, to_image
-from evaluate import grid
 from model import VARIANTS, Classifier, InputError
+from pictures import grid
 from released import released_layout
 from semantic import Tree, build_tree, load_tree, semantic_accuracy, semantic_softmax_loss
+from tables import write_json
 
 
 # ---------------------------------------------------------------------------------------------------- recipe
@@ -60,6 +61,8 @@ def parse() -> argparse.Namespace:
     engine.add_data_flags(parser, "shapes (generated, no download), imagenet, imagenet21k, or any "
                                   "folder with train/ and val/, each with a folder of images per class",
                           "where imagenet or imagenet21k lies (default: data/imagenet, data/imagenet21k)")
+    parser.add_argument("--class-tokens", type=engine.positive, default=1,
+                        help="pooled into one before the classifier (A.2, Table 7: 300 for FP-EncDec)")
     parser.add_argument("--init", help="checkpoint of pretrain.py to start from (A.3: ImageNet-1k's "
                                        "before 21k)")
     parser.add_argument("--augment", choices=("deit", "21k", "flip", "none"), default="deit",
@@ -246,7 +249,9 @@ def prepare(args: argparse.Namespace, device: torch.device):
         raise InputError(f"tree {args.tree} names other classes than the folders of {train.name}, "
                          f"{', '.join(sorted(set(tree.classes) ^ set(train.classes)))[:200]}: build the "
                          f"tree from the list of just these classes")
-    model = Classifier(replace(VARIANTS[args.variant], drop_path=args.drop_path), len(train.classes))
+    config = replace(VARIANTS[args.variant], drop_path=args.drop_path, structure=args.structure,
+                     class_tokens=args.class_tokens, adaptor="none")  # which only detection has
+    model = Classifier(config, len(train.classes))
     if args.layout == "released":
         model = released_layout(model)
     state = engine.load_weights(model, args, "pretrain", train.classes, args.init)
@@ -362,15 +367,17 @@ def main() -> None:
                 bar.write(f"epoch {epoch + 1}: {shown}")
             if scores["top1"] > best:
                 best = scores["top1"]
-                engine.save_checkpoint(run.folder / "best.pt", checkpoint)
+                engine.save_checkpoint(run.folder / "best.pt", {**checkpoint, "scores": scores})
         if new or run.seconds_since_save() > 60:
             run.save({**checkpoint, "optimizer": optimizer.state_dict(), "epoch": epoch + 1, "step": step,
                       "best": best, "scores": scores})
     bar.close()
     if not engine.rank():
+        measured = {"data": val.name, "images": len(val), "class_tokens": args.class_tokens, **scores}
+        write_json(run.folder / "metrics.json", engine.summary(model, args, measured))
         print(f"{val.name}, {len(val)} images, {run.minutes()}: "
-              + ", ".join(f"{k} {100 * v:.1f} %" for k, v in scores.items()) + f"; everything of this run: "
-                                                                               f"{run.folder}")
+              + ", ".join(f"{k} {100 * v:.1f} %" for k, v in scores.items())
+              + f"; everything of this run: {run.folder}")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ Paper and released code differ in two modules. `released_layout` exchanges just 
 model.py:
 
     tokenizer   three patch convolutions, the fourth level by a 3x3 convolution from the third; two
-    LayerNorms
-                per level; projections are convolutions without bias + GroupNorm (Table 6 has four
-                convolutions and linear layers)
+                LayerNorms per level; projections are convolutions without bias + GroupNorm (Table 6 has
+                four convolutions and linear layers)
     adaptor     one more LayerNorm per layer, over *all* tokens, image tokens too (Eq. 5 has none)
 
 `load_released` reads one of their detection checkpoints (an mmdet file) into such a model, and
@@ -20,7 +19,7 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
-from model import VARIANTS, Config, Detector, InputError, SelfAttentionAdaptor
+from model import VARIANTS, Config, Detector, InputError, TaskAdaptor, build_adaptor
 
 
 class ReleasedTokenizer(nn.Module):
@@ -55,17 +54,17 @@ class ReleasedTokenizer(nn.Module):
         return [norm(projection(x)).permute(0, 2, 3, 1) for x, projection, norm in pairs]
 
 
-class ReleasedAdaptor(SelfAttentionAdaptor):
-    """Shared attention, but one LayerNorm per layer, over all tokens."""
+class ReleasedAdaptor(TaskAdaptor):
+    """Shared or not, one LayerNorm per layer, over all tokens."""
 
     def __init__(self, config: Config):
         super().__init__(config)
         del self.norm
-        self.norms = nn.ModuleList(nn.LayerNorm(config.dim)
-                                   for _ in range(config.layers - config.entry_layer + 1))
+        layers = 1 if config.adaptor_per_layer else config.extra_layers  # that this adaptor serves
+        self.norms = nn.ModuleList(nn.LayerNorm(config.dim) for _ in range(layers))
 
     def forward(self, extra: Tensor, positions: Tensor, image: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        return self.norms[step](self.attend(extra, positions)), self.norms[step](image)
+        return self.norms[step](self.relate(extra, positions)), self.norms[step](image)
 
 
 def released_layout(model: nn.Module, gn_groups: int = 32) -> nn.Module:
@@ -73,8 +72,8 @@ def released_layout(model: nn.Module, gn_groups: int = 32) -> nn.Module:
     place."""
     config = model.encoder.config
     model.encoder.tokenizer = ReleasedTokenizer(config, gn_groups)
-    if getattr(model, "adaptor", None) is not None:
-        model.adaptor = ReleasedAdaptor(config)
+    if isinstance(model, Detector):
+        model.adaptor = build_adaptor(config, ReleasedAdaptor)
     return model
 
 

@@ -1,0 +1,161 @@
+"""Pictures: detections on images, sheets of them (Figure 3), where the queries look, and the bar chart of
+COCO-C.
+
+Nothing here detects: evaluate.py does, and hands over what it found as {"scores" (n,), "labels" (n,),
+"boxes" (n, 4) xyxy in pixels}.
+"""
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+from data import DetectionSet
+from deform_attn import MSDeformAttn, materialised
+
+STRIDE_COLOURS = ("#ffd22e", "#ff7f2a", "#e8384f", "#8a4fff")  # of the samples at strides 8, 16, 32, 64
+
+
+def colour_of(label: int) -> tuple[int, int, int]:
+    """Distinct bright colours for neighbouring labels, by steps of the golden ratio around the colour
+    circle."""
+    k = (np.array([5, 3, 1]) + label * 0.618034 * 6) % 6
+    return tuple(int(v) for v in 255 * (1 - 0.85 * np.clip(np.minimum(k, 4 - k), 0, 1)))
+
+
+def draw(image: Image.Image, found: dict[str, Tensor], classes: list[str],
+         threshold: float = 0.3) -> Image.Image:
+    """A copy of a picture with the boxes that score at least `threshold`, their class names and scores."""
+    scale = max(1, round(400 / max(image.size)))  # small pictures are enlarged, so that the text can be read
+    picture = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    pen, line = ImageDraw.Draw(picture), max(2, max(picture.size) // 300)
+    font = ImageFont.load_default(max(11, max(picture.size) // 30))
+    rows = zip(*(found[k].tolist() for k in ("scores", "labels", "boxes")))
+    for score, label, box in reversed(list(rows)):  # the best is drawn last, on top
+        if score < threshold:
+            continue
+        x0, y0, x1, y1 = (v * scale for v in box)
+        pen.rectangle((x0, y0, x1, y1), outline=colour_of(label), width=line)
+        text = f"{classes[label]} {score:.2f}"
+        left, top, right, bottom = pen.textbbox((x0 + line, y0 + line), text, font=font)
+        pen.rectangle((left - 2, top - 1, right + 2, bottom + 1), fill=(0, 0, 0))
+        pen.text((x0 + line, y0 + line), text, font=font, fill=colour_of(label))
+    return picture
+
+
+def grid(pictures: list[Image.Image], columns: int = 4, cell: int = 400,
+         titles: list[str] | None = None) -> Image.Image:
+    """One sheet of pictures, each shrunk to at most `cell` pixels a side; `titles` stand above the
+    columns."""
+    pictures = [ImageOps.contain(p, (cell - 8, cell - 8)) for p in pictures]
+    columns, height = min(columns, len(pictures)), max(p.height for p in pictures) + 8
+    top = 36 if titles else 0
+    sheet = Image.new("RGB", (columns * cell, top + -(-len(pictures) // columns) * height), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(22)
+    for i, title in enumerate(titles or []):
+        pen.text((i * cell + cell / 2, top / 2), title, "black", font, anchor="mm")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * cell + 4, top + i // columns * height + 4))
+    return sheet
+
+
+def picture_results(dataset: DetectionSet, results: list[dict], count: int = 8) -> Image.Image:
+    """The first `count` images of a set with the detections that COCO result dicts hold for them."""
+    label_of = {c: i for i, c in enumerate(dataset.category_ids)}
+    pictures = []
+    for record in dataset.records[:count]:
+        mine = sorted((r for r in results if r["image_id"] == record.id), key=lambda r: -r["score"])
+        boxes = torch.tensor([r["bbox"] for r in mine]).reshape(-1, 4)
+        found = {"scores": torch.tensor([r["score"] for r in mine]),
+                 "boxes": torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1),
+                 "labels": torch.tensor([label_of[r["category_id"]] for r in mine], dtype=torch.int64)}
+        pictures.append(draw(record.image(), found, dataset.classes))
+    return grid(pictures)
+
+
+# ------------------------------------------------------------------------------ where the queries look (3.3)
+
+class Watch:
+    """A context manager that records where the first `count` tokens, the extra ones, sample the image while
+    the model runs: one entry in `layers` per layer that holds them, (reference points (E, 2), locations
+    (E, M, L, P, 2), weights (E, M, L, P)) of the first image of a batch, places in [0, 1] of the padded
+    image. The weights of a token and head sum to 1."""
+
+    def __init__(self, model: torch.nn.Module, count: int):
+        self.model, self.count, self.layers = model, count, []
+
+    def __enter__(self):
+        modules = [m for m in self.model.modules() if isinstance(m, MSDeformAttn)]
+        holding = modules[self.model.encoder.config.entry_layer - 1:]  # the extra tokens come first in them
+        self.hooks = [m.register_forward_pre_hook(self.record) for m in holding]
+        return self
+
+    def record(self, module: MSDeformAttn, inputs: tuple) -> None:
+        query, references, _, shapes = inputs[:4]
+        query, references = query[:1, :self.count], references[:1, :self.count]
+        locations, weights = materialised(shapes, references, *module.sampling(query))
+        self.layers.append((references[0, :, 0].cpu(), locations[0].float().cpu(), weights[0].float().cpu()))
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+
+def attention_picture(image: Image.Image, layers: list, padded: tuple[float, float],
+                      found: dict[str, Tensor], classes: list[str], first_layer: int, path: Path) -> None:
+    """A row per detection, a column per layer: its query's reference point (+) and sampling locations, a dot
+    of an area proportional to the attention weight, coloured by the stride of the level sampled.
+
+    Args:
+        layers: of a Watch. padded: (width, height) of the padded input in pixels of `image`.
+        found: the detections, with "queries" (n,), the query of each. path: the PNG to write.
+    """
+    from matplotlib.figure import Figure
+    rows, columns, (w, h) = len(found["queries"]), len(layers), image.size
+    figure = Figure(figsize=(2.6 * columns, 2.6 * rows * h / w + 0.7), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    grey = np.asarray(ImageOps.grayscale(image)) * 0.75 + 40  # so that the dots stand out
+    values = zip(*(found[k].tolist() for k in ("queries", "labels", "scores", "boxes")))
+    for row, (query, label, score, box) in enumerate(values):
+        for column, (references, locations, weights) in enumerate(layers):
+            axis = axes[row, column]
+            axis.imshow(grey, cmap="gray", vmin=0, vmax=255)
+            x0, y0, x1, y1 = box
+            axis.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="#3ddc97", lw=1.5)
+            for level, colour in enumerate(STRIDE_COLOURS):
+                at = locations[query, :, level].flatten(0, 1) * torch.tensor(padded)  # (M P, 2)
+                axis.scatter(*at.T - 0.5, s=160 * weights[query, :, level].flatten(), c=colour, alpha=0.8,
+                             linewidths=0, label=f"stride {8 << level}" if row == column == 0 else None)
+            axis.scatter(*(references[query] * torch.tensor(padded) - 0.5)[:, None], marker="+", s=90,
+                         c="white", linewidths=2)
+            axis.set(xlim=(-0.5, w - 0.5), ylim=(h - 0.5, -0.5), xticks=[], yticks=[])
+            if row == 0:
+                axis.set_title(f"layer {first_layer + column}", fontsize=11)
+        axes[row, 0].set_ylabel(f"{classes[label]} {score:.2f}", fontsize=11)
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    legend = figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+    for handle in legend.legend_handles:
+        handle.set_sizes([60])
+    figure.savefig(path, dpi=130)
+
+
+# ----------------------------------------------------------------------------------------- COCO-C (Table 4)
+
+def corruption_chart(names: tuple[str, ...], row: tuple[float, ...], clean: float,
+                     paper: tuple[float, ...] | None, path: Path) -> None:
+    """Bars of a row of Table 4 (the mean, then AP per corruption, in percent) and a line at the clean AP,
+    with the paper's row, if there is one, as marks."""
+    from matplotlib.figure import Figure
+    labels = ["mean", *(n.replace("_", " ") for n in names)]
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axis = figure.subplots()
+    axis.bar(range(len(row)), row, color=["#264653"] + ["#2a9d8f"] * len(names), label="this model")
+    axis.axhline(clean, color="black", ls="--", lw=1, label=f"clean images: {clean:.1f}")
+    if paper:
+        axis.plot(range(len(paper)), paper, "D", color="#e76f51", ms=5, label="paper, Table 4")
+    axis.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+    axis.set(ylabel="AP, mean of the severities")
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,72 @@
+"""Other detectors, small and with random weights, against transformers' own post-processing."""
+import pytest
+import torch
+
+from inference import best_boxes
+from model import InputError
+
+transformers = pytest.importorskip("transformers", reason="transformers is optional and not installed")
+
+from hf import HuggingFaceDetector, load_hugging_face  # noqa: E402
+
+NAMES = {0: "N/A", 1: "person", 2: "bicycle", 3: "car", 4: "N/A"}  # as COCO's, with gaps
+SMALL = dict(encoder_layers=1, decoder_layers=2, d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32,
+             encoder_attention_heads=2, decoder_attention_heads=2, num_queries=7)
+
+
+def small_detector(kind: str):
+    torch.manual_seed(0)
+    resnet = dict(use_timm_backbone=False, use_pretrained_backbone=False, backbone=None)
+    backbone = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1],
+                                         layer_type="basic", out_features=["stage4"])
+    if kind == "yolos":
+        config = transformers.YolosConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                          intermediate_size=32, image_size=[64, 96], num_detection_tokens=7,
+                                          id2label=NAMES)
+        return transformers.YolosForObjectDetection(config).eval()
+    if kind == "deformable_detr":
+        backbone.out_features = ["stage2", "stage3", "stage4"]
+    classes = {"detr": "Detr", "conditional_detr": "ConditionalDetr", "deformable_detr": "DeformableDetr"}
+    config = getattr(transformers, classes[kind] + "Config")(backbone_config=backbone, id2label=NAMES, **SMALL,
+                                                            **resnet)
+    return getattr(transformers, classes[kind] + "ForObjectDetection")(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["detr", "conditional_detr", "deformable_detr", "yolos"])
+@torch.no_grad()
+def test_detections_are_those_of_transformers(kind):
+    detector = small_detector(kind)
+    for name, p in detector.named_parameters():  # else all queries say the same
+        if "backbone" not in name:
+            p += 0.3 * torch.randn_like(p)
+    ours = HuggingFaceDetector(detector, ["person", "bicycle", "car"])
+    images = torch.randn(1, 3, 64, 96)
+    found = best_boxes(ours(images), [(192, 128)])[0]
+    processor = {"detr": transformers.DetrImageProcessor, "yolos": transformers.YolosImageProcessor,
+                 "conditional_detr": transformers.ConditionalDetrImageProcessor,
+                 "deformable_detr": transformers.DeformableDetrImageProcessor}[kind]()
+    more = {} if kind in ("detr", "yolos") else {"top_k": 35}
+    theirs = processor.post_process_object_detection(detector(pixel_values=images), threshold=0,
+                                                     target_sizes=[(128, 192)], **more)[0]
+    named = [i for i in theirs["scores"].argsort(descending=True).tolist() if 1 <= theirs["labels"][i] <= 3]
+    assert len(named) > 3
+    best = {k: v[:len(named)] for k, v in found.items()}  # what we add below has a score of 1e-9
+    torch.testing.assert_close(best["scores"], theirs["scores"][named], atol=1e-5, rtol=1e-4)
+    assert (best["labels"] + 1).tolist() == theirs["labels"][named].tolist()
+    size = torch.tensor([192, 128, 192, 128])
+    expected = theirs["boxes"][named].clamp(min=0).minimum(size)
+    torch.testing.assert_close(best["boxes"], expected, atol=1e-3, rtol=1e-4)
+
+
+def test_own_classes_and_foreign_data():
+    detector = small_detector("detr")
+    assert HuggingFaceDetector(detector).classes == list(dict.fromkeys(NAMES.values()))
+    with pytest.raises(InputError, match="no class 'unicorn'"):
+        HuggingFaceDetector(detector, ["person", "unicorn"])
+
+
+def test_a_folder_is_loaded_and_nonsense_is_refused(tmp_path):
+    small_detector("detr").save_pretrained(tmp_path / "detr")
+    assert load_hugging_face(str(tmp_path / "detr"), ["car"]).classes == ["car"]
+    with pytest.raises(InputError, match="cannot load"):
+        load_hugging_face(str(tmp_path / "none"), ["car"])
