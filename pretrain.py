@@ -45,7 +45,7 @@ from tables import write_json
 RECIPE_21K = dict(variant="base", epochs=80, batch_size=4096, lr=3e-4, weight_decay=1e-4,
                   schedule="one-cycle",
                   augment="21k", repeats=1, mixup=0.0, cutmix=0.0, smoothing=0.2, drop_path=0.0)
-SHAPES_RECIPE = dict(epochs=6, batch_size=32, micro_batch=32, lr=1e-3, schedule="one-cycle", image_size=64,
+SHAPES_RECIPE = dict(epochs=4, batch_size=32, micro_batch=32, lr=1e-3, schedule="one-cycle", image_size=64,
                      augment="flip", repeats=1, mixup=0.0, cutmix=0.0, drop_path=0.0, workers=0,
                      eval_every=1)
 

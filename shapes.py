@@ -1,8 +1,9 @@
 """The embedded data: pictures of eight kinds of shapes on a mottled ground, generated from a seed.
 
-Detection has up to four objects in a picture, classification one, from the same vocabulary; so what is
-learnt from the one can be seen to help the other, in minutes and without a download. Only drawing happens
-here; data.py makes sets of it.
+Detection has up to three objects in a picture, classification a single large one, from the same vocabulary;
+so what is learnt from the one can be seen to help the other, in minutes and without a download. Colour
+tells an object from the ground and a pair of kinds from the others; which of the two it is, only its shape
+tells. Only drawing happens here; data.py makes sets of it.
 """
 import numpy as np
 from PIL import Image, ImageDraw
@@ -62,17 +63,18 @@ def background(rng: np.random.Generator, pixels: int) -> np.ndarray:
 
 
 def shape_scene(rng: np.random.Generator, pixels: int = SHAPE_PIXELS, objects: int | None = None):
-    """One picture with `objects` objects, by default up to four, that may hide each other -> (RGB image,
-    boxes xyxy (n, 4), labels (n,)). A box is tight around what is visible; an object of which less than half
-    is visible is not annotated."""
+    """One picture with `objects` objects, by default up to three, that may hide each other; a single one
+    asked for is larger, as in ImageNet's pictures -> (RGB image, boxes xyxy (n, 4), labels (n,)). A box is
+    tight around what is visible; an object of which less than half is visible is not annotated."""
     canvas, owner, names = background(rng, pixels), np.full((pixels, pixels), -1), list(SHAPES)
-    count, labels, sizes = objects or int(rng.choice(5, p=[0.04, 0.3, 0.28, 0.22, 0.16])), [], []
+    count, labels, sizes = objects or int(rng.choice(4, p=[0.04, 0.4, 0.34, 0.22])), [], []
+    radii = np.log((0.3, 0.48) if objects == 1 else (0.2, 0.42))  # of the picture
     for i in range(count):
-        label, radius = int(rng.integers(len(names))), pixels * np.exp(rng.uniform(*np.log([0.16, 0.36])))
+        label, radius = int(rng.integers(len(names))), pixels * np.exp(rng.uniform(*radii))
         centre = rng.uniform(radius * 0.7, pixels - radius * 0.7, 2)
         mask = shape_mask(names[label], centre, radius, rng.uniform(-0.4, 0.4),
                           np.exp(rng.uniform(-0.15, 0.15)), pixels)
-        hue = (label / len(names) + rng.normal(0, 0.02)) if rng.random() < 0.97 else rng.random()
+        hue = label // 2 / 4 + rng.normal(0, 0.02) if rng.random() < 0.97 else rng.random()
         colour = 255 * hsv(hue, rng.uniform(0.7, 1), rng.uniform(0.7, 1))
         canvas = canvas + mask[..., None] * (colour + rng.normal(0, 9, canvas.shape) - canvas)
         owner[mask > 0.5] = i

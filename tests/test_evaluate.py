@@ -1,13 +1,20 @@
 """The metric against published numbers; boxes against hand-made cases; COCO-C against itself interrupted."""
 import json
 import sys
+from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from inference import METRICS, best_boxes, coco_metrics, metric_library
-from model import InputError
+import engine
+import evaluate
+from data import detection_set
+from inference import METRICS, Scorer, best_boxes, coco_metrics, metric_library
+from model import VARIANTS, Detector, InputError
+from shapes import SHAPES
 
 
 @pytest.mark.parametrize("case, source", [("bbox", "published_by_faster_coco_eval_tests"),
@@ -101,3 +108,105 @@ def test_golden_detections(shared):
         assert np.array_equal(found["labels"].numpy(), z[f"post/img{i}_labels"])
         np.testing.assert_allclose(found["scores"].numpy(), expected[:, 4], atol=1e-9)
         np.testing.assert_allclose(found["boxes"].numpy(), expected[:, :4], atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------- whole evaluations
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """An untrained detector of the embedded data, as finetune.py would have left it."""
+    torch.manual_seed(0)
+    model = Detector(replace(VARIANTS["tiny"], queries=10), 8)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn_like(p)
+    path = tmp_path_factory.mktemp("run") / "last.pt"
+    args = Namespace(layout="paper", data="shapes", image_size=64)
+    torch.save(engine.describe(model, args, list(SHAPES), "finetune"), path)
+    return path
+
+
+def run_evaluate(monkeypatch, *command):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, command), "--workers", "0", "--device", "cpu"])
+    evaluate.main()
+
+
+def test_interrupted_corruption_passes_go_on_and_give_the_same(checkpoint, tmp_path, monkeypatch, capsys):
+    command = [checkpoint, "--limit-val", 3, "--corruptions", "fog", "gaussian_noise", "--severities", 1, 5]
+    run_evaluate(monkeypatch, *command, "--out", tmp_path / "whole")
+    printed = capsys.readouterr().out
+    whole = json.loads((tmp_path / "whole" / "corruptions.json").read_text())
+    assert whole["corruptions"].keys() == {"fog", "gaussian_noise"} and len(whole["memory"]) == 5
+
+    passes, real = [], evaluate.detect
+
+    def detect(model, dataset, *rest):
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+        passes.append(dataset.corruption and (dataset.corruption.keywords["name"],
+                                              dataset.corruption.keywords["severity"]))
+        return real(model, dataset, *rest)
+    monkeypatch.setattr(evaluate, "detect", detect)
+    with pytest.raises(KeyboardInterrupt):
+        run_evaluate(monkeypatch, *command, "--out", tmp_path / "cut")
+    kept = json.loads((tmp_path / "cut" / "corruptions.json").read_text())
+    assert kept["clean"] and kept["corruptions"].keys() == {"fog"}
+    done, passes[:] = passes[:], []
+    run_evaluate(monkeypatch, *command, "--out", tmp_path / "cut")
+    assert passes[-1] == ("gaussian_noise", 5) and len(set(done) | set(passes)) == 5 and len(passes) <= 3
+    cut = json.loads((tmp_path / "cut" / "corruptions.json").read_text())
+    assert cut["clean"] == whole["clean"] and cut["corruptions"] == whole["corruptions"]
+
+    # the row that is printed, computed from the file
+    mean = 50 * sum(whole["corruptions"][n][s]["AP"] for n in ("fog", "gaussian_noise") for s in "15") / 2
+    assert f"(mPC) {mean:.1f}," in printed
+    assert Image.open(tmp_path / "cut" / "corruptions.png").size[0] > 1000
+    with pytest.raises(InputError, match="holds another evaluation"):
+        run_evaluate(monkeypatch, *command, "--out", tmp_path / "cut", "--limit-val", 2)
+
+
+def test_a_corrupted_pass_sees_corrupted_pictures(checkpoint, tmp_path, monkeypatch):
+    """With the corruption that paints everything black, AP must be that of black pictures."""
+    monkeypatch.setattr(evaluate, "corrupt_seeded",
+                        lambda image, image_id, **_: Image.new("RGB", image.size))
+    run_evaluate(monkeypatch, checkpoint, "--limit-val", 3, "--corruptions", "fog", "--severities", 2,
+                 "--out", tmp_path)
+    black = detection_set("shapes", "val", limit=3, image_size=64)
+    for record in black.records:
+        record.source = Image.new("RGB", record.size)
+    model, _ = engine.load_detector(checkpoint)
+    expected = coco_metrics(black.ground_truth, evaluate.detect(
+        model, black, Namespace(workers=0, amp="off"), torch.device("cpu")))
+    assert json.loads((tmp_path / "corruptions.json").read_text())["corruptions"]["fog"]["2"] == expected
+
+
+def test_the_metric_in_a_process_of_its_own_gives_the_same():
+    found = [{"image_id": 1, "category_id": 5, "bbox": [258, 41, 348, 244], "score": 0.536}]
+    assert Scorer(TRUTH, workers=1).submit(found).result() == coco_metrics(TRUTH, found)
+
+
+def test_figure_has_a_row_per_image_and_a_column_per_corruption(checkpoint, tmp_path, monkeypatch):
+    run_evaluate(monkeypatch, checkpoint, "--limit-val", 2, "--figure", 2, "--threshold", 2, "--corruptions", "contrast",
+                 "snow", "--out", tmp_path)
+    sheet = Image.open(tmp_path / "figure.png")
+    assert sheet.size == (3 * 400, 36 + 2 * 400)
+    clean, dull = (np.asarray(sheet.crop((x, 40, x + 390, 430))).std((0, 1)) for x in (4, 404))
+    assert dull / clean == pytest.approx([0.2] * 3, abs=0.02)  # contrast at severity 3
+
+
+def test_attention_of_picture_files(checkpoint, tmp_path, monkeypatch):
+    Image.new("RGB", (90, 70), (200, 30, 30)).save(tmp_path / "a.png")
+    run_evaluate(monkeypatch, checkpoint, "--images", tmp_path / "a.png", "--attention", 2, "--out", tmp_path)
+    assert Image.open(tmp_path / "a-attention.png").size[0] > 1000  # a column for each of tiny's three layers
+    assert (tmp_path / "a-detections.png").exists()
+
+
+@pytest.mark.parametrize("command, says", [
+    ([], "give one checkpoint"), (["a.pt", "b.pt"], "only one of"), (["--model", "detr"], "must begin with hf:"),
+    (["--predictions", "x.json", "--images", "a.png"], "need a detector"),
+    (["a.pt", "--attention", "2"], "needs a checkpoint of FP-DETR and --images"),
+    (["a.pt", "--corruptions", "rain"], "invalid choice"), (["--table", "6"], "invalid choice")])
+def test_contradictory_commands_are_refused(command, says, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_evaluate(monkeypatch, *command)
+    assert stop.value.code == 2 and says in capsys.readouterr().err

@@ -33,15 +33,16 @@ def tiny_detector():
 
 def test_what_is_watched_is_what_the_operator_samples():
     """Values sampled by grid_sample at the recorded places, weighted as recorded, are the layer's output."""
-    model, outputs = tiny_detector(), []
-    memories = []
-    for module in [m for m in model.modules() if isinstance(m, MSDeformAttn)][6:]:
-        module.register_forward_hook(lambda m, args, out: (memories.append((m, *args)), outputs.append(out)))
+    model, calls = tiny_detector(), []
+
+    def keep(module, inputs, output):
+        calls.append((output, module, *inputs))
+    for module in [m for m in model.modules() if isinstance(m, MSDeformAttn)][9:]:
+        module.register_forward_hook(keep)
     with torch.no_grad(), Watch(model, 50) as watch:
         model(torch.randn(1, 3, 128, 64))
-        assert len(watch.layers) == 6
-        for (_, locations, weights), output, (m, _, _, memory, shapes, _) in zip(watch.layers, outputs,
-                                                                                 memories):
+        assert len(watch.layers) == 3  # 10 to 12
+        for (_, locations, weights), (output, m, _, _, memory, shapes, _) in zip(watch.layers, calls):
             torch.testing.assert_close(weights.flatten(2).sum(-1), torch.ones(50, 4))
             maps = m.value_proj(memory)[0].split([h * w for h, w in shapes])
             expected = 0
@@ -76,7 +77,7 @@ def test_attention_picture_shows_the_reference_point(tmp_path):
     evaluate.draw_attention(model, Image.new("RGB", (64, 64), "black"), ["a", "b", "c"],
                             Namespace(image_size=64, attention=2), torch.device("cpu"), path)
     picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    assert picture.shape[1] == 6 * 2.6 * 130  # a column per layer that holds queries
+    assert abs(picture.shape[1] - 3 * 2.6 * 130) < 1  # a column per layer that holds queries
     for colour in ((61, 220, 151), (255, 255, 255)):  # box and cross
         assert (np.abs(picture - colour).max(-1) < 12).any()
 
