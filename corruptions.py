@@ -1,5 +1,4 @@
-"""The 15 corruptions at five severities under which Table 4 compares detectors: COCO-C, the benchmark of
-Michaelis et al. 2019.
+"""COCO-C: 15 corruptions at five severities (Michaelis et al. 2019), under which Table 4 compares detectors.
 
     python corruptions.py --benchmark [--goldens FILE.npz]    times, and differences to reference images
     python corruptions.py --picture sheet.png [photo.jpg]     all 15 at severities 1, 3 and 5
@@ -29,7 +28,7 @@ STRIP = 16  # rows worked on at once where there are many passes over them, so t
 FROST_FILES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")  # a sixth is never used
 
 
-# ---------------------------------------------------------------------------------------------------- noise
+# ------------------------------------------------------------------------------------------ noise and blurs
 
 def gaussian_noise(image, rng, deviation):
     return (image / 255 + rng.normal(size=image.shape, scale=deviation)) * 255
@@ -44,11 +43,8 @@ def impulse_noise(image, rng, share):
     return np.where(hit, np.where(white, np.uint8(255), np.uint8(0)), image)
 
 
-# ----------------------------------------------------------------------------------------------------- blur
-
 def defocus_blur(image, rng, radius, deviation):
     """The kernel is a disk, whose edge is softened by a Gaussian."""
-    h, w = image.shape[:2]
     side, reach = (8, 1) if radius <= 8 else (radius, 2)
     x = np.arange(-side, side + 1)
     disk = (x ** 2 + x[:, None] ** 2 <= radius ** 2).astype(np.float32)
@@ -58,8 +54,8 @@ def defocus_blur(image, rng, radius, deviation):
         disk = ndimage.correlate1d(disk, edge / edge.sum(), axis, mode="mirror")
     planes = np.pad(image.transpose(2, 0, 1), ((0, 0), (side, side), (side, side)), "reflect")
     size = [fft.next_fast_len(n, real=True) for n in planes.shape[1:]]
-    spectrum = fft.rfft2(planes.astype(float), size) * fft.rfft2(disk.astype(float), size)
-    return fft.irfft2(spectrum, size)[:, 2 * side:2 * side + h, 2 * side:2 * side + w].transpose(1, 2, 0)
+    blurred = fft.irfft2(fft.rfft2(planes.astype(float), size) * fft.rfft2(disk.astype(float), size), size)
+    return blurred[:, 2 * side:planes.shape[1], 2 * side:planes.shape[2]].transpose(1, 2, 0)
 
 
 def glass_blur(image, rng, deviation, reach, rounds):
@@ -110,14 +106,14 @@ def zoom_blur(image, rng, end, step):
     h, w = image.shape[:2]
     x = (image / 255).astype(np.float32).reshape(h, w * 3)
     wide, total = x.astype(float), np.zeros_like(x)
-    factors = np.arange(1, end, step)  # rounding decides whether the end is among them
-    plans = [(*linear_taps(h, factor, 1), *linear_taps(w, factor, 3)) for factor in factors]
+    plans = [(*linear_taps(h, factor, 1), *linear_taps(w, factor, 3))
+             for factor in np.arange(1, end, step)]  # rounding decides whether the end is among them
     for top in range(0, h, STRIP):
         part = slice(top, top + STRIP)
         for row, a, b, column, c, d in plans:
             rows = wide[row[part]] * a[part, None] + wide[row[part] + 1] * b[part, None]
             total[part] += (rows[:, column] * c + rows[:, column + 3] * d).astype(np.float32)
-    return ((x + total) / (len(factors) + 1)).reshape(image.shape) * 255
+    return ((x + total) / (len(plans) + 1)).reshape(image.shape) * 255
 
 
 def linear_taps(side: int, factor: float, channels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -131,7 +127,7 @@ def linear_taps(side: int, factor: float, channels: int) -> tuple[np.ndarray, np
     return source.ravel(), ((1 - part) * inside).repeat(channels), (part * inside).repeat(channels)
 
 
-# -------------------------------------------------------------------------------------------------- weather
+# ---------------------------------------------------------------------------------------------- the weather
 
 def snow(image, rng, mean, deviation, zoom, threshold, radius, motion_deviation, mix):
     h, w = image.shape[:2]
@@ -188,8 +184,7 @@ def feather(rng: np.random.RandomState) -> Image.Image:
 def frost_photo(h: int, w: int, rng: np.random.RandomState, folder: Path) -> np.ndarray:
     """A random part of a random photograph, enlarged to 1.1 times what covers the image, (h, w, 3)."""
     if missing := [name for name in FROST_FILES if not (folder / name).is_file()]:
-        raise InputError(f"frost folder {folder} lacks {', '.join(missing)}: give a folder with the pictures of "
-                         "the package imagecorruptions, or none")
+        raise InputError(f"frost folder {folder} lacks {', '.join(missing)}: copy it from imagecorruptions")
     photo = np.asarray(read_image(folder / FROST_FILES[rng.randint(5)]))
     scale = 1.1 * max(1, h / photo.shape[0], w / photo.shape[1])
     height, width = (math.ceil(n * scale) for n in photo.shape[:2])
@@ -239,7 +234,8 @@ def brightness(image, rng, added):
     v = np.maximum(np.maximum(r, g), b)
     delta = v - np.minimum(np.minimum(r, g), b)
     safe = np.where(delta == 0, 1, delta)
-    hue = np.where(b == v, 4 + (r - g) / safe, np.where(g == v, 2 + (b - r) / safe, (g - b) / safe)) / 6 % 1 * 6
+    hue = np.where(g == v, 2 + (b - r) / safe, (g - b) / safe)
+    hue = np.where(b == v, 4 + (r - g) / safe, hue) / 6 % 1 * 6  # 0 to 6
     saturation = delta / np.where(v == 0, 1, v)  # without any, the hue does not matter
     sextant = hue.astype(np.uint8)
     part = hue - sextant
@@ -261,7 +257,8 @@ def contrast(image, rng, factor):
 def elastic_transform(image, rng, strength):
     def shifts():  # of x by the height, too
         noise = rng.uniform(-0.005 * h, 0.005 * h, (h, w))
-        return (ndimage.gaussian_filter(noise, (0.01 * h, 0.01 * w), truncate=3) * strength).astype(np.float32)
+        smooth = ndimage.gaussian_filter(noise, (0.01 * h, 0.01 * w), truncate=3)
+        return (smooth * strength).astype(np.float32)
     h, w = image.shape[:2]
     dx, dy = shifts(), shifts()
     at, x = (np.arange(h)[:, None] + dy, np.arange(w) + dx), image.astype(np.float32) / 255
@@ -307,29 +304,27 @@ NAMES = tuple(CORRUPTIONS)
 
 def corrupt(image: np.ndarray, name: str, severity: int, rng: np.random.RandomState,
             frost_dir: str | Path | None = None) -> np.ndarray:
-    """One corruption of one image, levels truncated (not rounded), as the benchmark's authors do.
+    """One corruption of one image -> (H, W, 3) uint8, truncated, not rounded, as the benchmark's authors do.
 
     Args:
         image: (H, W, 3) uint8, RGB; grey, (H, W) or (H, W, 1), is stacked to three channels. H, W >= 32.
         name, severity: one of NAMES, 1 to 5. frost_dir: a folder with FROST_FILES.
         rng: np.random.RandomState(s) gives what theirs does after np.random.seed(s), but for frost. Impulse
             noise, which is seeded apart there, follows np.random.default_rng(s); it takes either kind.
-    Returns:
-        (H, W, 3) uint8. InputError if the image, the name, the severity or the folder is not that.
+    Raises InputError if the image, the name, the severity or the folder is not that.
     """
     image = np.asarray(image)
     if image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 1):
         image = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < 32:
-        raise InputError(f"an image of shape {image.shape} and type {image.dtype} cannot be corrupted: it must "
-                         "be (height, width, 3) or (height, width), of 32 pixels or more, and uint8")
+        raise InputError(f"an image of shape {image.shape} and type {image.dtype} cannot be corrupted: give "
+                         "(height, width, 3) or (height, width), of 32 pixels or more, in uint8")
     if name not in NAMES or severity not in (1, 2, 3, 4, 5):
         raise InputError(f"there is no corruption {name!r} of severity {severity!r}: choose one of "
                          f"{', '.join(NAMES)} and 1 to 5")
     function, *parameters = CORRUPTIONS[name]
     options = {"frost_dir": frost_dir} if name == "frost" else {}
-    levels = function(image, rng, *parameters[int(severity) - 1], **options)
-    return levels.clip(0, 255).astype(np.uint8)
+    return function(image, rng, *parameters[severity - 1], **options).clip(0, 255).astype(np.uint8)
 
 
 def corrupt_seeded(picture: Image.Image, image_id: int, name: str, severity: int, seed: int = 0,
@@ -342,13 +337,16 @@ def corrupt_seeded(picture: Image.Image, image_id: int, name: str, severity: int
 
 # --------------------------------------------------------------------------------------------- command line
 
-# Milliseconds of imagecorruptions (glass blur: without its compiler, numba; frost: with its photographs)
-THEIRS = (20, 50, 12, 17, 200, 40, 430, 40, 16, 17, 96, 12, 95, 2, 2)
-
-
-def benchmark(goldens: dict[str, np.ndarray]) -> None:
-    """Per corruption the median time over the severities, theirs, and, where `goldens` ({"input": image,
-    "fog_1": image, ...}) have it, the worst difference in levels and the share of differing values."""
+def benchmark(path: Path | None) -> None:
+    """Per corruption the median time over the severities, that of imagecorruptions, and, where the npz file
+    at `path` has images (input, fog_1, ...), the worst difference in levels and the share that differs."""
+    theirs = (20, 50, 12, 17, 200, 40, 430, 40, 16, 17, 96, 12, 95, 2, 2)  # ms; glass blur without numba
+    try:
+        goldens = dict(np.load(path)) if path else {}
+        goldens = {key: np.broadcast_to(x, goldens["input"].shape) for key, x in goldens.items()}
+    except Exception as e:  # damaged files raise a dozen kinds of error
+        raise InputError(f"{path} is no npz file of images of one size named input, fog_1, ...: "
+                         f"{' '.join(str(e).split())}") from None
     image = np.asarray(shape_scene(np.random.default_rng(0), 640)[0])[:480]
     print(f"{'640 x 480':18} {'ms':>6} {'theirs':>7} {'worst':>7} {'differing':>10}")
     for i, name in enumerate(NAMES):
@@ -362,16 +360,7 @@ def benchmark(goldens: dict[str, np.ndarray]) -> None:
                 got = corrupt(goldens["input"], name, severity, seeded(100 * (i + 1) + severity))
                 errors.append(np.abs(got.astype(int) - golden))
         error = f"{np.max(errors):7} {np.count_nonzero(errors) / np.size(errors):10.4%}" if errors else ""
-        print(f"{name:18} {np.median(times):6.1f} {THEIRS[i]:7} {error}", flush=True)
-
-
-def read_goldens(path: Path) -> dict[str, np.ndarray]:
-    try:
-        files = dict(np.load(path))
-        return {key: np.broadcast_to(x, files["input"].shape) for key, x in files.items()}
-    except Exception as e:  # damaged files raise a dozen kinds of error
-        raise InputError(f"goldens {path} are no npz file of images of one size, named input, fog_1, ...: "
-                         f"{' '.join(str(e).split())}") from None
+        print(f"{name:18} {np.median(times):6.1f} {theirs[i]:7} {error}", flush=True)
 
 
 def sheet(picture: Image.Image) -> Image.Image:
@@ -395,16 +384,15 @@ def main() -> None:
     if not (args.benchmark or args.picture) or len(args.picture or ()) > 2:
         parser.error("give --benchmark [--goldens FILE.npz] or --picture OUT.png [IMAGE]")
     if args.benchmark:
-        benchmark(read_goldens(args.goldens) if args.goldens else {})
+        benchmark(args.goldens)
     if args.picture:
         out, *source = args.picture
         picture = read_image(*source) if source else shape_scene(np.random.default_rng(4), 280, 4)[0]
         picture.thumbnail((280, 280))
-        drawn = sheet(picture)
         try:
-            drawn.save(out)
-        except (OSError, ValueError) as e:
-            raise InputError(f"cannot write {out} ({e}): give another name, ending in .png") from None
+            sheet(picture).save(out, "PNG")
+        except OSError as e:
+            raise InputError(f"cannot write {out} ({e.strerror}): give another name") from None
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ def test_faster_coco_eval_gives_the_same_twelve_numbers(shared, monkeypatch):
     to the last bit; a precision differs in it, and so does AP50, by 2e-16.)"""
     pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is optional and not installed")
     folder = shared("data/coco_eval")
-    truth, found = folder / "instances_val2014_100.json", folder / "instances_val2014_fakebbox100_results.json"
+    truth = folder / "instances_val2014_100.json"
+    found = folder / "instances_val2014_fakebbox100_results.json"
     assert metric_library()[1].__module__.startswith("faster_coco_eval")
     fast = all_twelve(truth, found)
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
@@ -110,7 +111,7 @@ def test_golden_detections(shared):
         np.testing.assert_allclose(found["boxes"].numpy(), expected[:, :4], atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------- whole evaluations
+# ---------------------------------------------------------------------------------------- whole evaluations
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -127,7 +128,8 @@ def checkpoint(tmp_path_factory):
 
 
 def run_evaluate(monkeypatch, *command):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, command), "--workers", "0", "--device", "cpu"])
+    command = [*map(str, command), "--workers", "0", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *command])
     evaluate.main()
 
 
@@ -186,8 +188,8 @@ def test_the_metric_in_a_process_of_its_own_gives_the_same():
 
 
 def test_figure_has_a_row_per_image_and_a_column_per_corruption(checkpoint, tmp_path, monkeypatch):
-    run_evaluate(monkeypatch, checkpoint, "--limit-val", 2, "--figure", 2, "--threshold", 2, "--corruptions", "contrast",
-                 "snow", "--out", tmp_path)
+    run_evaluate(monkeypatch, checkpoint, "--limit-val", 2, "--figure", 2, "--threshold", 2,
+                 "--corruptions", "contrast", "snow", "--out", tmp_path)
     sheet = Image.open(tmp_path / "figure.png")
     assert sheet.size == (3 * 400, 36 + 2 * 400)
     clean, dull = (np.asarray(sheet.crop((x, 40, x + 390, 430))).std((0, 1)) for x in (4, 404))
@@ -196,13 +198,15 @@ def test_figure_has_a_row_per_image_and_a_column_per_corruption(checkpoint, tmp_
 
 def test_attention_of_picture_files(checkpoint, tmp_path, monkeypatch):
     Image.new("RGB", (90, 70), (200, 30, 30)).save(tmp_path / "a.png")
-    run_evaluate(monkeypatch, checkpoint, "--images", tmp_path / "a.png", "--attention", 2, "--out", tmp_path)
-    assert Image.open(tmp_path / "a-attention.png").size[0] > 1000  # a column for each of tiny's three layers
+    command = ["--images", tmp_path / "a.png", "--attention", 2, "--out", tmp_path]
+    run_evaluate(monkeypatch, checkpoint, *command)
+    assert Image.open(tmp_path / "a-attention.png").size[0] > 1000  # a column for each of three layers
     assert (tmp_path / "a-detections.png").exists()
 
 
 @pytest.mark.parametrize("command, says", [
-    ([], "give one checkpoint"), (["a.pt", "b.pt"], "only one of"), (["--model", "detr"], "must begin with hf:"),
+    ([], "give one checkpoint"), (["a.pt", "b.pt"], "only one of"),
+    (["--model", "detr"], "must begin with hf:"),
     (["--predictions", "x.json", "--images", "a.png"], "need a detector"),
     (["a.pt", "--attention", "2"], "needs a checkpoint of FP-DETR and --images"),
     (["a.pt", "--corruptions", "rain"], "invalid choice"), (["--table", "6"], "invalid choice")])

@@ -27,8 +27,8 @@ def small_detector(kind: str):
     if kind == "deformable_detr":
         backbone.out_features = ["stage2", "stage3", "stage4"]
     classes = {"detr": "Detr", "conditional_detr": "ConditionalDetr", "deformable_detr": "DeformableDetr"}
-    config = getattr(transformers, classes[kind] + "Config")(backbone_config=backbone, id2label=NAMES, **SMALL,
-                                                            **resnet)
+    make_config = getattr(transformers, classes[kind] + "Config")
+    config = make_config(backbone_config=backbone, id2label=NAMES, **SMALL, **resnet)
     return getattr(transformers, classes[kind] + "ForObjectDetection")(config).eval()
 
 

@@ -57,7 +57,7 @@ def test_what_is_watched_is_what_the_operator_samples():
 
 
 def test_reference_points_are_drawn_where_the_queries_ask(monkeypatch, tmp_path):
-    """On an image that is enlarged and then padded: the queries' own references, times its size in pixels."""
+    """On an image that is enlarged and then padded: the queries' own references, times its size."""
     model, drawn = tiny_detector(), {}
     monkeypatch.setattr(evaluate, "attention_picture",
                         lambda image, layers, padded, found, *_: drawn.update(layers=layers, padded=padded,

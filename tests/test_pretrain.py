@@ -5,6 +5,7 @@ import math
 from argparse import Namespace
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,9 +13,9 @@ from PIL import Image
 import engine
 import pretrain
 
-from data import ClassificationTransform, classification_set, image_folder
+from data import ClassificationSet, ClassificationTransform, classification_set, image_folder
 from model import VARIANTS, Classifier, Detector, DropPath, InputError
-from pretrain import RepeatedSampler, load_tree, semantic_softmax_loss
+from pretrain import RepeatedSampler, linear_baseline, load_tree, semantic_softmax_loss
 
 
 # ------------------------------------------------------------------------------------------ semantic softmax
@@ -206,7 +207,7 @@ def test_released_pretraining_checkpoints_give_their_encoder(shared, tmp_path):
         theirs = state[norms + ("2" if processed else "1") + ".weight"]
         assert torch.equal(detector.encoder.layers[11].norm2.weight, theirs)
         assert torch.equal(detector.encoder.level_embed, state["bbox_head.transformer.level_embeds"])
-        with pytest.raises(InputError, match="change --variant or --layout"):
+        with pytest.raises(InputError, match="change --variant, --structure or --layout"):
             engine.load_pretrained(Detector(VARIANTS["lite"], 80), "paper", tmp_path / "p.pth")
 
 
@@ -219,3 +220,19 @@ def test_init_takes_the_head_too_where_it_fits(tmp_path):
     assert torch.equal(same.class_head.weight, old.class_head.weight)
     assert engine.load_pretrained(other, "paper", tmp_path / "a.pt").endswith("starting fresh: class_head")
     assert torch.equal(other.class_token.content, old.class_token.content)
+
+
+def test_linear_baseline_learns_what_pixels_tell_and_nothing_else(tmp_path):
+    """Two classes that differ in brightness: all right. Labels drawn by lot: about half."""
+    rng = np.random.default_rng(0)
+    transform = ClassificationTransform(64, "flip")
+
+    def make(count, label_of):
+        items = []
+        for i in range(count):
+            grey = rng.integers(0, 80) + 130 * (i % 2)
+            items.append((Image.fromarray(np.full((64, 64, 3), grey, np.uint8)), label_of(i)))
+        return ClassificationSet(items, ["a", "b"], "pictures", transform)
+    assert "top1 100.0 %" in linear_baseline(make(40, lambda i: i % 2), make(20, lambda i: i % 2))
+    lot = linear_baseline(make(40, lambda i: i // 2 % 2), make(40, lambda i: i // 2 % 2))
+    assert 25 <= float(lot.split("top1 ")[1].split(" %")[0]) <= 75 and "chance: 50.0 %" in lot

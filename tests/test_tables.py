@@ -32,7 +32,8 @@ def test_markdown():
     text = markdown("Table", ("x", "y"), [("a", (1.25, -100)), ("bcd", (float("nan"), "1.0±0.5"))])
     assert text.splitlines() == ["| Table |   x |       y |", "| ----- | --: | ------: |",
                                  "| a     | 1.2 |    -100 |", "| bcd   |   - | 1.0±0.5 |"]
-    assert markdown("", ("AP",), [("a", (-100.0,))]).splitlines()[2] == "| a |  - |"  # -1: nothing to measure
+    # -1 of the metric: there was nothing to measure
+    assert markdown("", ("AP",), [("a", (-100.0,))]).splitlines()[2] == "| a |  - |"
 
 
 def test_mean_and_deviation_by_hand():
