@@ -309,8 +309,9 @@ def corrupt(image: np.ndarray, name: str, severity: int, rng: np.random.RandomSt
     Args:
         image: (H, W, 3) uint8, RGB; grey, (H, W) or (H, W, 1), is stacked to three channels. H, W >= 32.
         name, severity: one of NAMES, 1 to 5. frost_dir: a folder with FROST_FILES.
-        rng: np.random.RandomState(s) gives what theirs does after np.random.seed(s), but for frost. Impulse
-            noise, which is seeded apart there, follows np.random.default_rng(s); it takes either kind.
+        rng: np.random.RandomState(s) gives theirs after np.random.seed(s), but for frost and, in flat areas, a
+            level of defocus blur; impulse noise gives theirs with np.random.default_rng(s). All but glass
+            blur and frost take either kind.
     Raises InputError if the image, the name, the severity or the folder is not that.
     """
     image = np.asarray(image)

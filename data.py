@@ -1,10 +1,10 @@
 """Data: where images, boxes and labels come from, the transforms of detection, and batches.
 
 Detection: four sources give the same thing, a `DetectionSet`: `shapes`, generated from a seed; `coco` and
-`cityscapes`, as they unpack; and any folder in COCO format. Transforms are Deformable DETR's (the paper, 4.1,
-follows its implementation). Classification: a `ClassificationSet` of `shapes`, ImageNet or any folder with a
-folder per class; its augmentations are in augment.py. Boxes are absolute (x0, y0, x1, y1) in pixels inside this
-file and normalised (cx, cy, w, h) when they leave it.
+`cityscapes`, as they unpack; and any folder in COCO format. Transforms are Deformable DETR's (the paper,
+4.1, follows it). Classification: a `ClassificationSet` of `shapes`, ImageNet or any folder with a folder per
+class; its augmentations are in augment.py. Boxes are absolute (x0, y0, x1, y1) in pixels inside this file
+and normalised (cx, cy, w, h) when they leave it.
 """
 import itertools
 import json
@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import augment
-from cityscapes import cached_coco, cityscapes_to_coco  # noqa: F401: its public place is here
+from cityscapes import cached_coco, cityscapes_to_coco  # noqa: F401 (public here)
 from model import InputError
 from shapes import SHAPES, shape_scene
 
