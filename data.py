@@ -1,7 +1,7 @@
 """Data: where images, boxes and labels come from, the transforms of detection, and batches.
 
-Detection: four sources give the same thing, a `DetectionSet`: `shapes`, generated from a seed; `coco` and
-`cityscapes`, as they unpack; and any folder in COCO format. Transforms are Deformable DETR's (the paper,
+Detection: four sources give the same thing, a `DetectionSet`: `shapes` (or `shapes-hard`), generated; `coco`
+and `cityscapes`, as they unpack; and any folder in COCO format. Transforms are Deformable DETR's (the paper,
 4.1, follows it). Classification: a `ClassificationSet` of `shapes`, ImageNet or any folder with a folder per
 class; its augmentations are in augment.py. Boxes are absolute (x0, y0, x1, y1) in pixels inside this file
 and normalised (cx, cy, w, h) when they leave it.
@@ -24,7 +24,7 @@ from tqdm import tqdm
 import augment
 from cityscapes import cached_coco, cityscapes_to_coco  # noqa: F401 (public here)
 from model import InputError
-from shapes import SHAPES, shape_scene
+from shapes import COLOURS, SHAPES, shape_scene
 
 # a picture of 90 megapixels or more is refused
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -332,8 +332,8 @@ FOLDER_HELP = "needed are train/, val/ and annotations/instances_{train,val}.jso
 def detection_set(data: str, split: str, root: str | None = None, limit: int | None = None,
                   image_size: int = 800, augment: str = "none", seed: int = 0,
                   cache: str | Path = "runs") -> DetectionSet:
-    """The set that `--data` names: "shapes", "coco", "cityscapes", or a folder with train/, val/ and
-    annotations/instances_*.json.
+    """The set that `--data` names: "shapes", "shapes-hard", "coco", "cityscapes", or a folder with train/,
+    val/ and annotations/instances_*.json.
 
     Args:
         split: "train" or "val". root: the folder of `coco` or `cityscapes`, data/NAME by default. limit: the
@@ -342,8 +342,8 @@ def detection_set(data: str, split: str, root: str | None = None, limit: int | N
         InputError: if it is missing (says what to download and where it goes) or malformed.
     """
     options = dict(name=f"{data} {split}", transform=Transform(image_size, augment), seed=seed)
-    if data == "shapes":
-        return shapes_detection(split, limit, **options)
+    if data in COLOURS:
+        return shapes_detection(split, limit, COLOURS[data], **options)
     if data == "cityscapes":
         folder = Path(root or "data/cityscapes")
         if folder.is_dir() and not (folder / "leftImg8bit").is_dir():
@@ -360,13 +360,15 @@ def detection_set(data: str, split: str, root: str | None = None, limit: int | N
     return coco_format(images, annotations, limit, **options)
 
 
-def shapes_detection(split: str, limit: int | None = None, seed: int = 0, **options) -> DetectionSet:
+def shapes_detection(split: str, limit: int | None = None, colours: int = 4, seed: int = 0,
+                     **options) -> DetectionSet:
     """The embedded detection set: 2,000 training and 300 validation pictures of 64 x 64 pixels, no file read
     or written. Every picture has a generator of its own, seeded by its split and number, so the splits share
     none."""
     records, annotations = [], []
     for i in range({"train": 2000, "val": 300}[split])[:limit]:
-        image, boxes, labels = shape_scene(np.random.default_rng((20220425, split == "val", i)))
+        rng = np.random.default_rng((20220425, split == "val", i))
+        image, boxes, labels = shape_scene(rng, colours=colours)
         records.append(Record(i + 1, image, image.size, boxes, labels))
         for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist()):
             annotations.append({"id": len(annotations) + 1, "image_id": i + 1, "category_id": label + 1,
@@ -461,12 +463,14 @@ def image_folder(folder: Path, limit: int | None = None, **options) -> Classific
     return ClassificationSet(turns[:limit], names, **options)
 
 
-def shapes_classification(split: str, limit: int | None = None, **options) -> ClassificationSet:
+def shapes_classification(split: str, limit: int | None = None, colours: int = 4,
+                          **options) -> ClassificationSet:
     """The embedded classification set: 8,000 training and 400 validation pictures of 64 x 64 pixels with one
     shape in each."""
     items = []
     for i in range({"train": 8000, "val": 400}[split])[:limit]:
-        image, _, labels = shape_scene(np.random.default_rng((20220426, split == "val", i)), objects=1)
+        rng = np.random.default_rng((20220426, split == "val", i))
+        image, _, labels = shape_scene(rng, objects=1, colours=colours)
         items.append((image, int(labels[0])))
     return ClassificationSet(items, list(SHAPES), **options)
 
@@ -476,12 +480,12 @@ IMAGENET_FOLDERS = {"imagenet": ("train", "val"), "imagenet21k": ("imagenet21k_t
 
 def classification_set(data: str, split: str, transform: ClassificationTransform, root: str | None = None,
                        limit: int | None = None, seed: int = 0) -> ClassificationSet:
-    """The set that `--data` names: "shapes", "imagenet", "imagenet21k" (ImageNet-21K-P as its authors pack
-    it), or a folder with train/ and val/, each with a folder per class. root: of the two ImageNets,
-    data/NAME by default."""
+    """The set that `--data` names: "shapes", "shapes-hard", "imagenet", "imagenet21k" (ImageNet-21K-P as its
+    authors pack it), or a folder with train/ and val/, each with a folder per class. root: of the two
+    ImageNets, data/NAME by default."""
     options = dict(name=f"{data} {split}", transform=transform, seed=seed)
-    if data == "shapes":
-        return shapes_classification(split, limit, **options)
+    if data in COLOURS:
+        return shapes_classification(split, limit, COLOURS[data], **options)
     folder = Path(root or f"data/{data}") if data in IMAGENET_FOLDERS else Path(data)
     return image_folder(folder / IMAGENET_FOLDERS.get(data, ("train", "val"))[split == "val"], limit,
                         **options)

@@ -51,8 +51,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what the run folder holds")
 
 
-DETECTION_DATA = ("shapes (generated, no download), coco, cityscapes, or any folder in COCO format with "
-                  "train/, val/ and annotations/instances_{train,val}.json")
+DETECTION_DATA = ("shapes or shapes-hard (generated, no download), coco, cityscapes, or any folder in COCO "
+                  "format with train/, val/ and annotations/instances_{train,val}.json")
 
 
 def add_data_flags(parser: argparse.ArgumentParser, data: str = DETECTION_DATA,
@@ -436,7 +436,7 @@ class Run:
 
     @staticmethod
     def folder_of(args: argparse.Namespace, stage: str) -> Path:
-        named = ("shapes", "coco", "cityscapes", "imagenet", "imagenet21k")
+        named = ("shapes", "shapes-hard", "coco", "cityscapes", "imagenet", "imagenet21k")
         data = args.data if args.data in named else Path(args.data).resolve().name
         return args.out or Path("runs") / f"{stage}-{args.variant}-{data}"
 

@@ -26,6 +26,7 @@ from data import DetectionSet, detection_set, micro_batches
 from inference import METRICS, coco_metrics, detect
 from model import VARIANTS, InputError
 from pictures import picture_results
+from shapes import COLOURS
 from tables import markdown, mean_and_deviation, write_json
 
 CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 2.0, 5.0, 2.0  # of the losses and, the same, of the matching costs
@@ -140,7 +141,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="The defaults are the paper's. With --data cityscapes they are instead: --batch-size 8, --lr "
-        "2e-4 for lite. With --data shapes: "
+        "2e-4 for lite. With --data shapes or shapes-hard: "
         + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in SHAPES_RECIPE.items()))
     engine.add_run_flags(parser)
     engine.add_data_flags(parser)
@@ -174,7 +175,7 @@ def parse() -> argparse.Namespace:
                              "are collected, unfinished ones resumed. Prints mean and deviation as Table 5 "
                              "(paper: 5 on Cityscapes)")
     known, _ = parser.parse_known_args()
-    recipe = {"shapes": SHAPES_RECIPE, "cityscapes": CITYSCAPES_RECIPE}.get(known.data, {})
+    recipe = {**dict.fromkeys(COLOURS, SHAPES_RECIPE), "cityscapes": CITYSCAPES_RECIPE}.get(known.data, {})
     if (known.data, known.variant) == ("cityscapes", "lite"):
         recipe = {**recipe, "lr": 2e-4}
     parser.set_defaults(**recipe)

@@ -69,6 +69,7 @@ VARIANTS: dict[str, Config] = {
     # Ours, for CPUs and teaching. On its pictures of 64 pixels, a class token that entered at layer 7 could
     # look at every image token by itself, and those would learn nothing that queries can use (README).
     "tiny": Config(dim=64, mlp_dim=256, heads=4, tokenizer_dim=64, queries=50, entry_layer=10),
+    "tiny-wide": Config(dim=96, mlp_dim=384, heads=6, tokenizer_dim=96, queries=50, entry_layer=10),
     "lite": Config(),
     "small": Config(dim=384, mlp_dim=1536, heads=8, tokenizer_dim=384),
     "base": Config(dim=480, mlp_dim=1920, heads=10, tokenizer_dim=384),

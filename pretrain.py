@@ -32,6 +32,7 @@ from model import VARIANTS, Classifier, InputError
 from pictures import grid
 from released import released_layout
 from semantic import Tree, build_tree, load_tree, semantic_accuracy, semantic_softmax_loss
+from shapes import COLOURS
 from tables import write_json
 
 
@@ -56,9 +57,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"The defaults are the paper's for ImageNet-1k. With --data imagenet21k they are instead: "
-        f"{listed(RECIPE_21K)}. With --data shapes: {listed(SHAPES_RECIPE)}")
+        f"{listed(RECIPE_21K)}. With --data shapes or shapes-hard: {listed(SHAPES_RECIPE)}")
     engine.add_run_flags(parser)
-    engine.add_data_flags(parser, "shapes (generated, no download), imagenet, imagenet21k, or any "
+    engine.add_data_flags(parser, "shapes or shapes-hard (generated), imagenet, imagenet21k, or any "
                                   "folder with train/ and val/, each with a folder of images per class",
                           "where imagenet or imagenet21k lies (default: data/imagenet, data/imagenet21k)")
     parser.add_argument("--class-tokens", type=engine.positive, default=1,
@@ -100,7 +101,8 @@ def parse() -> argparse.Namespace:
     parser.set_defaults(epochs=300, batch_size=1024, micro_batch=128, lr=5e-4, weight_decay=0.05,
                         image_size=224)
     known, _ = parser.parse_known_args()
-    parser.set_defaults(**{"shapes": SHAPES_RECIPE, "imagenet21k": RECIPE_21K}.get(known.data, {}))
+    recipes = {**dict.fromkeys(COLOURS, SHAPES_RECIPE), "imagenet21k": RECIPE_21K}
+    parser.set_defaults(**recipes.get(known.data, {}))
     args = parser.parse_args()
     if args.image_size < 64:
         parser.error("--image-size must be 64 or more: the coarsest tokens are 64 pixels wide")

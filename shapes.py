@@ -2,8 +2,9 @@
 
 Detection has up to three objects in a picture, classification a single large one, from the same vocabulary;
 so what is learnt from the one can be seen to help the other, in minutes and without a download. Colour
-tells an object from the ground and a pair of kinds from the others; which of the two it is, only its shape
-tells. Only drawing happens here; data.py makes sets of it.
+tells an object from the ground, and two kinds from the others, or four in `shapes-hard`, where recognition
+is harder and pre-training matters more; which of these it is, only its shape tells. Only drawing happens
+here; data.py makes sets of it.
 """
 import numpy as np
 from PIL import Image, ImageDraw
@@ -30,6 +31,7 @@ SHAPES: dict[str, list[np.ndarray]] = {  # outline, then holes
     "arrow": [np.array([[0, -1], [0.9, 0], [0.35, 0], [0.35, 1], [-0.35, 1], [-0.35, 0], [-0.9, 0]])],
 }
 SHAPE_PIXELS, SUPERSAMPLE = 64, 4
+COLOURS = {"shapes": 4, "shapes-hard": 2}  # of the eight kinds, by the name of the data
 
 
 def shape_mask(name: str, centre, radius: float, angle: float, stretch: float, pixels: int) -> np.ndarray:
@@ -62,10 +64,12 @@ def background(rng: np.random.Generator, pixels: int) -> np.ndarray:
     return np.asarray(clutter, dtype=np.float32)
 
 
-def shape_scene(rng: np.random.Generator, pixels: int = SHAPE_PIXELS, objects: int | None = None):
+def shape_scene(rng: np.random.Generator, pixels: int = SHAPE_PIXELS, objects: int | None = None,
+                colours: int = 4):
     """One picture with `objects` objects, by default up to three, that may hide each other; a single one
-    asked for is larger, as in ImageNet's pictures -> (RGB image, boxes xyxy (n, 4), labels (n,)). A box is
-    tight around what is visible; an object of which less than half is visible is not annotated."""
+    asked for is larger, as in ImageNet's pictures. The kinds share `colours` colours. -> (RGB image, boxes
+    xyxy (n, 4), labels (n,)). A box is tight around what is visible; an object of which less than half is
+    visible is not annotated."""
     canvas, owner, names = background(rng, pixels), np.full((pixels, pixels), -1), list(SHAPES)
     count, labels, sizes = objects or int(rng.choice(4, p=[0.04, 0.4, 0.34, 0.22])), [], []
     radii = np.log((0.3, 0.48) if objects == 1 else (0.2, 0.42))  # of the picture
@@ -74,7 +78,8 @@ def shape_scene(rng: np.random.Generator, pixels: int = SHAPE_PIXELS, objects: i
         centre = rng.uniform(radius * 0.7, pixels - radius * 0.7, 2)
         mask = shape_mask(names[label], centre, radius, rng.uniform(-0.4, 0.4),
                           np.exp(rng.uniform(-0.15, 0.15)), pixels)
-        hue = label // 2 / 4 + rng.normal(0, 0.02) if rng.random() < 0.97 else rng.random()
+        hue = label * colours // len(names) / colours + rng.normal(0, 0.02)
+        hue = hue if rng.random() < 0.97 else rng.random()
         colour = 255 * hsv(hue, rng.uniform(0.7, 1), rng.uniform(0.7, 1))
         canvas = canvas + mask[..., None] * (colour + rng.normal(0, 9, canvas.shape) - canvas)
         owner[mask > 0.5] = i
