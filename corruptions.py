@@ -184,7 +184,7 @@ def feather(rng: np.random.RandomState) -> Image.Image:
 def frost_photo(h: int, w: int, rng: np.random.RandomState, folder: Path) -> np.ndarray:
     """A random part of a random photograph, enlarged to 1.1 times what covers the image, (h, w, 3)."""
     if missing := [name for name in FROST_FILES if not (folder / name).is_file()]:
-        raise InputError(f"frost folder {folder} lacks {', '.join(missing)}: copy them from imagecorruptions")
+        raise InputError(f"frost folder {folder} lacks {', '.join(missing)}: copy these of imagecorruptions")
     photo = np.asarray(read_image(folder / FROST_FILES[rng.randint(5)]))
     scale = 1.1 * max(1, h / photo.shape[0], w / photo.shape[1])
     height, width = (math.ceil(n * scale) for n in photo.shape[:2])
@@ -387,7 +387,7 @@ def main() -> None:
         benchmark(args.goldens)
     if args.picture:
         out, *source = args.picture
-        picture = read_image(*source) if source else shape_scene(np.random.default_rng(4), 280, 4)[0]
+        picture = read_image(*source) if source else shape_scene(np.random.default_rng(3), 280, 4)[0]
         picture.thumbnail((280, 280))
         try:
             sheet(picture).save(out, "PNG")

@@ -50,7 +50,7 @@ def trained(tmp_path_factory):
 def test_a_run_leaves_its_folder(trained):
     out = trained / "runs" / "finetune-tiny-shapes"
     assert {p.name for p in out.iterdir()} == {"args.json", "log.jsonl", "curves.png", "last.pt", "best.pt",
-                                               "detections.png"}
+                                               "metrics.json", "detections.png"}
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [e["epoch"] for e in log if "AP" in e] == [1, 2]
     assert all(e["loss"] == pytest.approx(e["loss_class"] + e["loss_bbox"] + e["loss_giou"], abs=1e-3)
@@ -82,13 +82,13 @@ def test_evaluation_writes_the_models_best_boxes_and_their_ap(trained):
     perfect = [{**{k: a[k] for k in ("image_id", "category_id", "bbox")}, "score": 0.9}
                for a in truth["annotations"]]
     (trained / "perfect.json").write_text(json.dumps(perfect[:-1]))
-    run(trained, "evaluate.py", "perfect.json", "--data", "shapes", "--limit-val", "6")
+    run(trained, "evaluate.py", "--predictions", "perfect.json", "--data", "shapes", "--limit-val", "6")
     assert 0.5 < json.loads((trained / "evaluation" / "metrics.json").read_text())["AP"] < 1
     for bad in ([{"image_id": 1}], {}, [{**perfect[0], "category_id": 99}],
                 [{**perfect[0], "bbox": [1, 2, -3, 4]}]):
         (trained / "bad.json").write_text(json.dumps(bad))
-        refused(trained, "evaluate.py", "bad.json", "--data", "shapes", "--out", "bad",
-                says="bad.json: entry 0")
+        refused(trained, "evaluate.py", "--predictions", "bad.json", "--data", "shapes", "--limit-val", "2",
+                "--out", "bad", says="bad.json: entry 0")
 
 
 def test_pictures_of_any_file(trained):
@@ -207,7 +207,7 @@ def test_pretraining_hands_its_encoder_to_finetuning(tmp_path):
     run(tmp_path, "pretrain.py", *SHORT, "--drop-path", "0.1", "--mixup", "0.8", "--cutmix", "1")
     out = tmp_path / "runs" / "pretrain-tiny-shapes"
     assert {p.name for p in out.iterdir()} == {"args.json", "log.jsonl", "curves.png", "last.pt", "best.pt",
-                                               "predictions.png"}
+                                               "metrics.json", "predictions.png"}
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [e["epoch"] for e in log if "top1" in e] == [1, 2]
     done = run(tmp_path, "finetune.py", *FAST, "--epochs", "1", "--pretrained", out / "last.pt")

@@ -72,25 +72,23 @@ def test_glass_blur_swaps_one_way_pixel_after_pixel(severity):
     assert np.array_equal(corrupt(image, "glass_blur", severity, Seeded(severity)), blur(x))
 
 
-@pytest.mark.parametrize("h, w, severity", [(33, 47, 1), (47, 33, 3), (33, 37, 5)])
+@pytest.mark.parametrize("h, w, severity", [(33, 47, 1), (47, 33, 3), (37, 33, 5)])
 def test_motion_blur_adds_moved_copies(h, w, severity):
     """In the last case the copies leave the image; there the sum ends."""
     image, (radius, deviation) = picture(h, w), parameters("motion_blur", severity)
-    angle = math.radians(Seeded(7).uniform(-45, 45))
+    angle = math.radians(Seeded(0).uniform(-45, 45))
     weights = [math.exp(-i * i / (2 * deviation ** 2)) for i in range(2 * radius + 1)]
     expected = np.zeros(image.shape)
     for i, weight in enumerate(weights):
         dx, dy = -math.ceil(i * math.cos(angle) - 0.5), -math.ceil(i * math.sin(angle) - 0.5)
         if abs(dx) >= w or abs(dy) >= h:
-            assert severity == 5
             break
         for y in range(h):
             for x in range(w):
                 at = min(max(y - dy, 0), h - 1), min(max(x - dx, 0), w - 1)
                 expected[y, x] += weight / sum(weights) * image[at]
-    got = corruptions.motion_blur(image, Seeded(7), radius, deviation)
-    assert np.abs(got - expected).max() < 1e-9
-    assert np.abs(corrupt(image, "motion_blur", severity, Seeded(7)) - expected).max() < 1 + 1e-6
+    assert (i < 2 * radius) == (severity == 5)
+    assert np.abs(corruptions.motion_blur(image, Seeded(0), radius, deviation) - expected).max() < 1e-9
 
 
 def test_zoom_blur_by_hand():
