@@ -107,7 +107,8 @@ def run_script(main) -> None:
         forced_path()  # a misspelt FPDETR_DEFORM_ATTN shows now rather than in the first forward pass
         main()
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
+        # out of a data loading process it comes with that process's traceback before it
+        print(f"error: {str(e).splitlines()[-1].rpartition('InputError: ')[2]}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
         print("error: the GPU's memory is full: give a smaller --micro-batch (the same batch, accumulated "

@@ -278,6 +278,8 @@ def main() -> None:
     if model is not None:
         model.to(device)
         engine.check_images(dataset)
+    if args.frost_dir:  # missing photographs show now
+        corrupt_seeded(Image.new("RGB", (32, 32)), 0, "frost", 1, frost_dir=args.frost_dir)
     make_folder(args.out)
     if args.figure:
         return draw_figure(model, dataset, args, device)
@@ -288,7 +290,7 @@ def main() -> None:
     if args.corruptions:
         state = evaluate_corruptions(model, dataset, args, device)
         if not engine.rank():
-            print(report_corruptions(state, paper, args))
+            print(report_corruptions(state, paper if dataset.name == "coco val" else None, args))
         return
     if model is not None:
         results = detect(model, dataset, args, device, args.batch_size)

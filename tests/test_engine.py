@@ -127,3 +127,19 @@ def test_released_checkpoints_of_all_variants_load_and_detect(shared, variant):
     state["bbox_head.cls_branches.3.bias"] = state["bbox_head.cls_branches.3.bias"] + 1
     with pytest.raises(InputError, match="cls_branches.3.bias"):
         load_released(state)
+
+
+class BrokenSet(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        raise engine.InputError("image x.jpg cannot be read: replace it")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_out_of_a_data_loading_process_is_one_line_too(workers, capsys):
+    with pytest.raises(SystemExit) as stop:
+        engine.run_script(lambda: list(torch.utils.data.DataLoader(BrokenSet(), num_workers=workers)))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: image x.jpg cannot be read: replace it\n"

@@ -214,3 +214,10 @@ def test_contradictory_commands_are_refused(command, says, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run_evaluate(monkeypatch, *command)
     assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_missing_frost_photographs_are_found_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="frost1.png"):
+        run_evaluate(monkeypatch, checkpoint, "--limit-val", 2, "--corruptions", "frost", "--frost-dir",
+                     tmp_path, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

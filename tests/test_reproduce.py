@@ -1,6 +1,5 @@
 """The claims in miniature: order, resuming and failing of the runs with stand-ins for the scripts, and the
 verdict against a t-test done by hand."""
-import json
 from argparse import Namespace
 
 import pytest
