@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import (MEAN, STD, ClassificationTransform, Transform, classification_set, crop, detection_set, flip,
-                  micro_batches, pad_batch, read_image, resize, to_tensor)
+from data import (MEAN, STD, ClassificationTransform, Transform, classification_set, crop, detection_set,
+                  flip, micro_batches, pad_batch, read_image, resize, to_tensor)
 from model import InputError
 
 RED, GREEN = (250, 10, 10), (10, 250, 10)
@@ -269,7 +269,7 @@ def test_shapes_boxes_are_tight_and_all_classes_occur():
         pixels = np.asarray(r.image()).astype(int)
         y, x = np.nonzero(pixels.max(-1) - pixels.min(-1) > 100)
         if len(x) > 60:
-            low, high = (np.percentile((x, y), q, axis=1) for q in (0.5, 99.5))  # some noise is saturated too
+            low, high = (np.percentile((x, y), q, axis=1) for q in (0.5, 99.5))  # some noise is saturated
             tight = [*low, *(high + 1)]
             errors.append(np.abs(r.boxes[0] - tight).max())
     assert len(errors) > 40 and np.mean(np.array(errors) < 3) > 0.8

@@ -1,9 +1,13 @@
 """Other detectors, small and with random weights, against transformers' own post-processing."""
+import json
+
 import pytest
 import torch
 
+import evaluate
 from inference import best_boxes
 from model import InputError
+from shapes import SHAPES
 
 transformers = pytest.importorskip("transformers", reason="transformers is optional and not installed")
 
@@ -70,3 +74,22 @@ def test_a_folder_is_loaded_and_nonsense_is_refused(tmp_path):
     assert load_hugging_face(str(tmp_path / "detr"), ["car"]).classes == ["car"]
     with pytest.raises(InputError, match="cannot load"):
         load_hugging_face(str(tmp_path / "none"), ["car"])
+
+
+def test_the_command_scores_it_like_any_detector(tmp_path, monkeypatch):
+    """`--model hf:FOLDER` on clean and corrupted pictures leaves the files of an evaluation."""
+    detector = small_detector("detr")
+    detector.config.id2label = {0: "N/A", **{i: name for i, name in enumerate(SHAPES, 1)}}
+    detector.class_labels_classifier = torch.nn.Linear(32, 10)  # eight kinds, N/A and no object
+    detector.config.num_labels = 9
+    detector.save_pretrained(tmp_path / "detr")
+    command = ["evaluate.py", "--model", f"hf:{tmp_path / 'detr'}", "--data", "shapes", "--image-size", "64",
+               "--limit-val", "3", "--workers", "0", "--device", "cpu"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", command)
+    evaluate.main()
+    found = list(tmp_path.glob("runs/*/evaluation/results.json"))
+    assert len(found) == 1 and len(json.loads(found[0].read_text())) == 3 * 7 * 8
+    monkeypatch.setattr("sys.argv", [*command, "--corruptions", "fog", "--severities", "1"])
+    evaluate.main()
+    assert (found[0].parent / "corruptions.json").exists()
