@@ -10,7 +10,7 @@ from model import (VARIANTS, Classifier, Config, DecoderLayer, Detector, Encoder
                    InputError, TaskAdaptor, Tokenizer, sine_positions)
 from released import ReleasedAdaptor, released_layout
 
-TINY = VARIANTS["tiny"]
+TINY = replace(VARIANTS["tiny"], entry_layer=7)  # where the paper has it
 ENCODER_DECODER = dict(structure="encoder-decoder", adaptor="none")
 ROWS = {"none": dict(adaptor="none"),  # of Table 3, and what they change of the default
         "Bi-LSTM per layer": dict(adaptor="bilstm", adaptor_per_layer=True),
