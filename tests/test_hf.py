@@ -1,17 +1,18 @@
 """Other detectors, small and with random weights, against transformers' own post-processing."""
 import json
+from argparse import Namespace
 
 import pytest
 import torch
 
 import evaluate
 from inference import best_boxes
-from model import InputError
+from model import VARIANTS, Detector, InputError
 from shapes import SHAPES
 
 transformers = pytest.importorskip("transformers", reason="transformers is optional and not installed")
 
-from hf import HuggingFaceDetector, load_hugging_face  # noqa: E402
+from hf import HuggingFaceDetector, benchmark, load_hugging_face, unfreeze_backbone  # noqa: E402
 
 NAMES = {0: "N/A", 1: "person", 2: "bicycle", 3: "car", 4: "N/A"}  # as COCO's, with gaps
 SMALL = dict(encoder_layers=1, decoder_layers=2, d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32,
@@ -93,3 +94,20 @@ def test_the_command_scores_it_like_any_detector(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", [*command, "--corruptions", "fog", "--severities", "1"])
     evaluate.main()
     assert (found[0].parent / "corruptions.json").exists()
+
+
+def test_the_benchmark_trains_the_backbone_that_deformable_detr_trains():
+    """Its paper's code trains the last three of a ResNet's four stages; a frozen backbone would be timed as
+    faster than it is."""
+    theirs = unfreeze_backbone(small_detector("deformable_detr"))
+    ours = Detector(VARIANTS["tiny"], len(NAMES))
+    before = {name: p.detach().clone() for name, p in theirs.model.backbone.named_parameters()}
+    args = Namespace(repeats=1, amp="off", clip=0.1)
+    times = benchmark(ours, theirs, args, torch.device("cpu"), train_size=(64, 64), detect_size=(64, 96))
+    assert len(times) == 2 and all(len(pair) == 2 and min(pair) > 0 for pair in times.values())
+    assert all(p.grad.any() for p in ours.encoder.tokenizer.convs.parameters())
+    learns = {name: p.grad is not None and bool(p.grad.any()) and not torch.equal(p, before[name])
+              for name, p in theirs.model.backbone.named_parameters()}
+    stages = {i: [on for name, on in learns.items() if f".stages.{i}." in name] for i in range(4)}
+    assert all(stages.values()) and not any(stages[0]) and all(stages[1] + stages[2] + stages[3])
+    assert sum(learns.values()) == sum(len(stages[i]) for i in (1, 2, 3))  # the stem does not
