@@ -161,8 +161,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_output):
-    value, reference, offset, logit = ctx.saved_tensors
-    grad_value, grad_offset, grad_logit = kernel_backward(grad_output, *ctx.saved_tensors, ctx.shapes)
+    value, reference, offset, logit = ctx.saved_tensors  # asked for once: checkpointing gives them once
+    grad_value, grad_offset, grad_logit = kernel_backward(grad_output, value, reference, offset, logit,
+                                                          ctx.shapes)
     grad_reference = None
     if ctx.needs_input_grad[1]:  # a reference point moves all of its samples, by (W_l, H_l) pixels per unit
         moved = grad_offset.sum((2, 4), dtype=torch.promote_types(reference.dtype, torch.float32))

@@ -5,18 +5,24 @@ These are helpers that a training loop calls, not a trainer that calls back: the
 and finetune.py.
 """
 import argparse
+import contextlib
+import errno
 import json
 import math
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from deform_attn_jit import forced_path
 from model import VARIANTS, Classifier, Config, Detector, InputError
@@ -45,6 +51,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=rate, default=1e-4, help="initial learning rate (4.1)")
     parser.add_argument("--weight-decay", type=rate, default=1e-4,
                         help="AdamW's, on all parameters (released code)")
+    parser.add_argument("--activation-checkpointing", action="store_true",
+                        help="keep only the layers' inputs and compute the rest again for the backward "
+                             "pass: less memory, more time, the same gradient")
+    parser.add_argument("--benchmark", type=positive, nargs="?", const=15, metavar="SECONDS",
+                        help="instead of training, measure the loader, training, and the parts of its "
+                             "steps, each for so many seconds (default: 15)")
     parser.add_argument("--limit-train", type=positive, help="use the first N training images only")
     parser.add_argument("--out", type=Path, help="folder of this run (default: runs/STAGE-VARIANT-DATA)")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.pt, exactly")
@@ -103,22 +115,35 @@ def rate(text: str) -> float:
 
 def run_script(main) -> None:
     """Runs main(). What the user can mend ends in one line and exit code 2 rather than in a traceback."""
+    def end(code: int, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)  # on a line of its own where a progress bar is shown
+        sys.exit(code)
     try:
         forced_path()  # a misspelt FPDETR_DEFORM_ATTN shows now rather than in the first forward pass
         main()
     except InputError as e:
         # out of a data loading process it comes with that process's traceback before it
-        print(f"error: {str(e).splitlines()[-1].rpartition('InputError: ')[2]}", file=sys.stderr)
-        sys.exit(2)
+        end(2, f"error: {str(e).splitlines()[-1].rpartition('InputError: ')[2]}")
     except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full: give a smaller --micro-batch (the same batch, accumulated "
-              "in parts)",
-              file=sys.stderr)
-        sys.exit(2)
+        end(2, "error: the GPU's memory is full: give a smaller --micro-batch (the same batch, accumulated "
+               "in parts)")
+    except RuntimeError as e:
+        if not isinstance(e, dist.DistError) and "peer" not in str(e):  # gloo raises RuntimeErrors
+            raise
+        end(2, f"error: process {rank()} lost another one, which says above or below why it ended; then go "
+               f"on with --resume")
+    except OSError as e:  # of a log or a picture; checkpoints have their own words for it
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        end(2, f"error: cannot write {e.filename or 'a file of the run'} ({e.strerror}): mend it; a "
+               f"training run goes on with --resume")
+    except Terminated as e:
+        if not rank():
+            end(0, str(e))
     except KeyboardInterrupt:
-        print("interrupted; a training run goes on from its last checkpoint with --resume", file=sys.stderr)
-        sys.exit(130)
+        end(130, "interrupted; a training run goes on from its last checkpoint with --resume")
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -145,17 +170,18 @@ def setup(args: argparse.Namespace) -> torch.device:
                                  f"GPUs: lower --nproc_per_node, or give --device cpu")
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # gloo for what lies on the CPU, so that no process waits for a GPU to tell another one of it
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     args.amp = args.amp or ("bf16" if device.type == "cuda" else "off")
     torch.manual_seed(args.seed)
     return device
 
 
-def seed_epoch(seed: int, epoch: int) -> None:
-    """Seeds what is random inside an epoch, dropout: anew for each epoch and process, so that a run resumed
-    after an epoch needs no saved random state. (Order and augmentation of the data have seeds of their
-    own.)"""
-    torch.manual_seed(int(np.random.SeedSequence((seed, epoch, rank())).generate_state(1)[0]))
+def seed_step(seed: int, step: int) -> None:
+    """Seeds what is random inside a step, dropout and stochastic depth: anew for each step and process, so
+    that a run resumed after any step needs no saved random state. (Order and augmentation of the data have
+    seeds of their own.)"""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank())).generate_state(1)[0]))
 
 
 def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
@@ -188,6 +214,41 @@ def sum_over_processes(value: float | Tensor, device: torch.device) -> Tensor:
     return total
 
 
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is set in any of the processes."""
+    if world_size() == 1:
+        return flag
+    flags = torch.tensor(float(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def prepare_benchmark(args: argparse.Namespace) -> None:
+    """Where a stage measures something instead of training."""
+    if world_size() > 1:
+        raise InputError("--benchmark and --linear-baseline are for one process: start without torchrun")
+    args.overwrite = True  # of a run's folder, into which nothing is written
+
+
+def no_mark(part: str) -> None:
+    """What a training step calls after each of its parts where nobody measures them."""
+
+
+def on_host(value: Tensor) -> Callable[[], float]:
+    """Starts to copy a scalar to the CPU and returns what gives it. A GPU that has been given more work
+    in between does not run dry while the CPU waits for the number."""
+    if value.device.type == "cpu":
+        return value.item
+    copy, copied = torch.empty((), dtype=value.dtype, pin_memory=True), torch.cuda.Event()
+    copy.copy_(value, non_blocking=True)
+    copied.record()
+
+    def number() -> float:
+        copied.synchronize()
+        return copy.item()
+    return number
+
+
 def gather(items: list) -> list:
     """The lists of all processes, one after another."""
     if world_size() == 1:
@@ -212,17 +273,25 @@ def check_images(*datasets) -> None:
 
 class BatchSampler:
     """Shuffled batches of indices, of which this process gets its share. The total batches depend on the
-    seed and the epoch only, not on the number of processes; the last one of an epoch may be smaller."""
+    seed and the epoch only, not on the number of processes; the last one of an epoch may be smaller. `skip`:
+    how many batches of the epoch are left out, because a run that is resumed has seen them."""
 
     def __init__(self, length: int, batch_size: int, seed: int):
-        self.length, self.batch_size, self.seed, self.epoch = length, batch_size, seed, 0
+        self.length, self.batch_size, self.seed, self.epoch, self.skip = length, batch_size, seed, 0, 0
 
     def __len__(self) -> int:
         return math.ceil(self.length / self.batch_size)
 
     def __iter__(self):
-        for batch in self.order().split(self.batch_size):
-            yield batch[rank()::world_size()].tolist()
+        for batch in self.batches()[self.skip:]:
+            yield self.share(batch)
+
+    def batches(self) -> tuple[Tensor, ...]:
+        """The total batches of the epoch."""
+        return self.order().split(self.batch_size)
+
+    def share(self, batch: Tensor) -> list[int]:
+        return batch[rank()::world_size()].tolist()
 
     def order(self) -> Tensor:
         """(length,) shuffled indices."""
@@ -258,6 +327,52 @@ def schedule_factor(schedule: str, step: int, steps_per_epoch: int, epochs: int,
     if progress < 0.1:
         return 0.04 + 0.96 * progress / 0.1
     return (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2
+
+
+# --------------------------------------------------------------------------------------- numbers going wrong
+
+def first_non_finite(model: nn.Module, forward: Callable[[], object]) -> str | None:
+    """Runs `forward`, a pass of `model`, and names the first of its modules whose output holds NaN or
+    infinity; or the first weight that does, and then no pass is needed."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return f"the weight {name}"
+    found = []
+
+    def look(name: str):
+        def hook(module, inputs, output):
+            outputs = output if isinstance(output, (list, tuple)) else [output]
+            if any(isinstance(t, Tensor) and not t.isfinite().all() for t in outputs):
+                found.append(f"the output of {name}")
+        return hook
+    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def image_name(source: Path | Image.Image, number: int) -> str:
+    """Of an item of a data set: its file, or its number if it was generated."""
+    return str(source) if isinstance(source, Path) else str(number)
+
+
+def stop_at_non_finite(model: nn.Module, parts: list[tuple[list[str], Callable[[], object]]], args,
+                       step: int) -> None:
+    """Raises the InputError for a step whose loss is not finite. `parts`: per micro-batch the names of its
+    images and a forward pass on them."""
+    for names, forward in parts:
+        seed_step(args.seed, step)
+        if where := first_non_finite(model, forward):
+            break
+    else:  # what dropout drew in the step itself
+        names, where = [n for part, _ in parts for n in part], "nothing, in a second pass"
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    raise InputError(f"the loss of step {step + 1} is not finite: the first that is not is {where}, at the "
+                     f"images {shown}; try a lower --lr; the last checkpoint is untouched")
 
 
 # ----------------------------------------------------------------------------------------------- checkpoints
@@ -297,9 +412,8 @@ def plain_flags(args: argparse.Namespace) -> dict:
 # Flags that may change when a run is resumed, because the result does not depend on them, or because that is
 # their purpose.
 FREE_ON_RESUME = {"resume", "overwrite", "out", "pretrained", "init", "compile", "data_root", "workers",
-                  "device",
-                  "micro_batch", "epochs",
-                  "eval_every", "split", "limit_val"}
+                  "device", "micro_batch", "activation_checkpointing", "benchmark", "epochs", "eval_every",
+                  "split", "limit_val"}
 
 
 def load_resumed(args: argparse.Namespace, stage: str, classes: list[str]) -> dict:
@@ -431,9 +545,16 @@ def load_weights(model: Classifier | Detector, args: argparse.Namespace, stage: 
 
 # ------------------------------------------------------------------------------------------ the run's folder
 
+class Terminated(BaseException):
+    """SIGTERM came, and what is to be kept has been written. No Exception: it has to pass through the code
+    that takes any exception of a decoder for a broken file."""
+
+
 class Run:
     """A run's folder: args.json, log.jsonl, curves.png, last.pt, best.pt, metrics.json and what the stage
-    adds."""
+    adds. Also what ends a run before its time: SIGTERM, as clusters send it before they take a machine back.
+    """
+    save_every = 600  # seconds between checkpoints inside an epoch
 
     @staticmethod
     def folder_of(args: argparse.Namespace, stage: str) -> Path:
@@ -445,15 +566,50 @@ class Run:
         self.folder = self.folder_of(args, stage)
         self.last = self.folder / "last.pt"
         self.started = self.saved = time.time()
-        if (self.folder / "args.json").exists() and not (args.resume or args.overwrite):
+        begun = (self.folder / "args.json").exists()
+        if begun and not (args.resume or args.overwrite):
             raise InputError(f"{self.folder} already holds a run: --resume goes on with it, --overwrite "
                              f"replaces it, --out names another folder")
         if args.resume and not self.last.exists():
-            raise InputError(f"nothing to resume: {self.last} is missing")
+            if not begun:
+                raise InputError(f"nothing to resume: {self.last} is missing")
+            args.resume = False  # killed before its first checkpoint: there is nothing that could be lost
+            args.overwrite = True
+        self.terminated, self.may_stop = False, True
+        signal.signal(signal.SIGTERM, self.on_sigterm)
+
+    def on_sigterm(self, *_) -> None:
+        self.terminated = True
+        if self.may_stop:
+            self.stop()
+
+    def stop(self) -> None:
+        raise Terminated(f"stopped by SIGTERM; the same command with --resume goes on from {self.last}"
+                         if self.last.exists() else "stopped by SIGTERM before the first checkpoint")
+
+    @contextlib.contextmanager
+    def interruptible(self):
+        """Around what takes long and changes nothing: SIGTERM ends it at once. (Else it waits for the end of
+        a step, see `after_step`.)"""
+        self.may_stop = True
+        if self.terminated:
+            self.stop()
+        yield
+        self.may_stop = False
+
+    def after_step(self, save: Callable[[], None]) -> None:
+        """To be called after each step: saves every ten minutes, and at SIGTERM, which ends the run in all
+        processes after the same step."""
+        stop = any_process(self.terminated)
+        if stop or self.seconds_since_save() > self.save_every:
+            save()
+        if stop:
+            self.stop()
 
     def open(self, args: argparse.Namespace) -> None:
         """Creates the folder. Called only when the input has been found good, so that bad input leaves
         nothing behind."""
+        self.may_stop = False
         if rank():
             return
         try:
@@ -467,7 +623,11 @@ class Run:
             raise InputError(f"cannot write into {self.folder}: {e.strerror}") from None
 
     def save(self, content: dict) -> None:
-        """Writes last.pt, from which --resume goes on."""
+        """Writes last.pt, from which --resume goes on. Raises InputError, and leaves the older one, if a
+        weight is not finite."""
+        if not torch.stack([w.isfinite().all() for w in content["model"].values()]).all():
+            raise InputError(f"the weights are not finite after step {content['step']}: try a lower --lr; "
+                             f"the last checkpoint is untouched")
         save_checkpoint(self.last, content)
         self.saved = time.time()
 
@@ -487,11 +647,13 @@ class Run:
                 break
         return entries
 
-    def rewind(self, step: int) -> None:
-        """Forgets what was logged after `step`, which a resumed run will log again."""
+    def rewind(self, epoch: int, step: int) -> None:
+        """Forgets what was logged after `step`, and the evaluations of epochs after `epoch`: a resumed run
+        will log them again."""
         if not rank():
             temporary = self.folder / "log.tmp"
-            temporary.write_text("".join(json.dumps(e) + "\n" for e in self.read_log() if e["step"] <= step))
+            temporary.write_text("".join(json.dumps(e) + "\n" for e in self.read_log() if e["step"] <= step
+                                         and ("loss" in e or e["epoch"] <= epoch)))
             temporary.replace(self.folder / "log.jsonl")
 
     def log(self, **entry) -> None:
@@ -526,6 +688,12 @@ class Run:
         figure.tight_layout()
         figure.savefig(self.folder / "curves.png", dpi=90)
         plt.close(figure)
+
+
+def leave_sigterm_to_the_trainer(_: int) -> None:
+    """For data loading processes: SIGTERM, sent to all processes of a run, must not take away the batches of
+    a step that is to be ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Mean:

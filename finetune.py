@@ -11,6 +11,7 @@ paper says (4.1); details on which the paper is silent follow the authors' relea
 import argparse
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import engine
+from benchmark import benchmark
 from data import DetectionSet, detection_set, micro_batches
 from inference import METRICS, coco_metrics, detect
 from model import VARIANTS, InputError
@@ -86,8 +88,8 @@ def count_matches(targets: list[dict], queries: int) -> int:
     return sum(min(len(t["labels"]), queries) for t in targets)
 
 
-def detection_loss(outputs: dict, targets: list[dict],
-                   num_matches: float | Tensor | None = None) -> dict[str, Tensor]:
+def detection_loss(outputs: dict, targets: list[dict], num_matches: float | Tensor | None = None,
+                   mark: Callable[[str], None] = engine.no_mark) -> dict[str, Tensor]:
     """Set prediction loss, summed over all supervised layers, each matched for itself (deep supervision,
     4.1).
 
@@ -96,6 +98,7 @@ def detection_loss(outputs: dict, targets: list[dict],
         num_matches: by which all losses are divided, number or scalar tensor: matched queries of one layer
             in the *total* batch, of all micro-batches and processes (1 if there are none). By default those
             of `targets`.
+        mark: called as mark("matching") when that is done, to measure it.
     Returns:
         {"loss_class", "loss_bbox", "loss_giou"}: scalars, already weighted 2, 5, 2.
     """
@@ -107,6 +110,7 @@ def detection_loss(outputs: dict, targets: list[dict],
         num_matches = count_matches(targets, logits.shape[1])
     num_matches = torch.as_tensor(num_matches, dtype=torch.float32).clamp(min=1).to(logits.device)
     pairs = match(logits.detach(), boxes.detach(), targets * len(layers))
+    mark("matching")
     # where an image's objects start
     first = list(itertools.accumulate([0] + [len(t["labels"]) for t in targets]))
     index = torch.cat([torch.stack([torch.full_like(q, i), q, t + first[i % len(targets)]])
@@ -199,10 +203,11 @@ def optimizer_of(model: torch.nn.Module, args: argparse.Namespace) -> torch.opti
 
 # -------------------------------------------------------------------------------------------------- training
 
-def train_step(model, optimizer, batch: list, args: argparse.Namespace,
-               device: torch.device) -> dict[str, Tensor]:
+def train_step(model, optimizer, batch: list, args: argparse.Namespace, device: torch.device,
+               mark: Callable[[str], None] = engine.no_mark) -> dict[str, Tensor]:
     """One step on this process's share of the total batch, given as micro-batches. Returns its share of the
-    losses."""
+    losses. Raises FloatingPointError, before any weight is changed, if they are not finite. `mark`: called
+    with the name of each part of the step when it is done."""
     batch = [(images.to(device, non_blocking=True), None if mask is None
               else mask.to(device, non_blocking=True),
               [{k: t[k].to(device, non_blocking=True) for k in ("labels", "boxes")} for t in targets])
@@ -212,17 +217,26 @@ def train_step(model, optimizer, batch: list, args: argparse.Namespace,
                                             device)
     totals = {k: torch.zeros((), device=device) for k in ("loss", "loss_class", "loss_bbox", "loss_giou")}
     optimizer.zero_grad(set_to_none=True)
+    loss_so_far = totals["loss"].item
+    mark("copying")
     for images, mask, targets in batch:
         with engine.autocast(args, device):
             outputs = model(images, mask)
-        losses = detection_loss(outputs, targets, num_matches)
+        mark("forward")
+        losses = detection_loss(outputs, targets, num_matches, mark)
         losses["loss"] = sum(losses.values())
-        losses["loss"].backward()
         for k, v in losses.items():
             totals[k] += v.detach()
+        loss_so_far = engine.on_host(totals["loss"])
+        mark("loss")
+        losses["loss"].backward()
+        mark("backward")
+    if not math.isfinite(loss_so_far()):
+        raise FloatingPointError
     engine.sum_gradients(model)
     torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
     optimizer.step()
+    mark("optimiser")
     return totals
 
 
@@ -230,10 +244,12 @@ def evaluate_epoch(model, dataset: DetectionSet, args: argparse.Namespace, devic
                    run) -> dict[str, float]:
     # In the released layout, GroupNorm sees the padding of a batch, so its authors test images one by one.
     batch_size = 1 if args.layout == "released" else args.micro_batch
-    results = detect(model, dataset, args, device, batch_size)
+    with run.interruptible():
+        results = detect(model, dataset, args, device, batch_size)
+        metrics = coco_metrics(dataset.ground_truth, results)
     if not engine.rank():
         picture_results(dataset, results).save(run.folder / "detections.png")
-    return coco_metrics(dataset.ground_truth, results)
+    return metrics
 
 
 def prepare(args: argparse.Namespace, device: torch.device):
@@ -251,31 +267,48 @@ def prepare(args: argparse.Namespace, device: torch.device):
     state = engine.load_weights(model, args, "finetune", train.classes, args.pretrained)
     engine.check_images(train, val)
     model.to(device)
+    model.encoder.checkpointing = args.activation_checkpointing
     engine.broadcast_weights(model)
     return train, val, model, state
 
 
-def train_epoch(model, optimizer, loader: DataLoader, epoch: int, args, device, run, bar: tqdm) -> int:
-    """One pass over the training set; logs every tenth step. Returns the number of steps since the start of
-    the run."""
+def train_epoch(model, optimizer, loader: DataLoader, step: int, args, device, run, save, bar: tqdm) -> int:
+    """The rest of an epoch, from the steps taken since the start of the run to those after it; logs every
+    tenth."""
     model.train()
-    engine.seed_epoch(args.seed, epoch)
-    steps, meters = len(loader), engine.Mean()
-    for step, batch in enumerate(loader, start=epoch * steps):
+    sampler, steps, meters = loader.batch_sampler, len(loader), engine.Mean()
+    sampler.skip = step - sampler.epoch * steps
+    for batch in loader:
+        engine.seed_step(args.seed, step)
         factor = engine.schedule_factor(args.schedule, step, steps, args.epochs, args.lr_drop)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        meters.add(train_step(model, optimizer, batch, args, device))
-        done = min((step % steps + 1) * args.batch_size, len(loader.dataset))
-        bar.update(epoch * len(loader.dataset) + done - bar.n)
-        if (step + 1) % 10 == 0 or step % steps == steps - 1:
+        try:
+            meters.add(train_step(model, optimizer, batch, args, device))
+        except FloatingPointError:
+            explain_non_finite(model, batch, loader.dataset, args, device, step)
+        step += 1
+        bar.update(images_seen(step, steps, args, len(loader.dataset)) - bar.n)
+        if step % 10 == 0 or step % steps == 0:
             means = meters.take()
-            if not math.isfinite(means["loss"]):
-                raise InputError(f"the loss became {means['loss']} in epoch {epoch + 1}, step {step + 1}: "
-                                 f"try a lower --lr; the last checkpoint is untouched")
-            run.log(epoch=epoch + 1, step=step + 1, **means, lr=args.lr * factor)
+            run.log(epoch=sampler.epoch + 1, step=step, **means, lr=args.lr * factor)
             bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
-    return (epoch + 1) * steps
+        run.after_step(partial(save, sampler.epoch, step))
+    return step
+
+
+def explain_non_finite(model, batch: list, dataset: DetectionSet, args, device, step: int) -> None:
+    def forward(images, mask):
+        with engine.autocast(args, device):
+            return model(images.to(device), None if mask is None else mask.to(device))
+    source = {r.id: r.source for r in dataset.records}
+    parts = [([engine.image_name(source[t["image_id"]], t["image_id"]) for t in targets],
+              partial(forward, images, mask)) for images, mask, targets in batch]
+    engine.stop_at_non_finite(model, parts, args, step)
+
+
+def images_seen(step: int, steps: int, args, length: int) -> int:
+    return step // steps * length + min(step % steps * args.batch_size, length)
 
 
 def train(args: argparse.Namespace, device: torch.device) -> dict:
@@ -287,25 +320,34 @@ def train(args: argparse.Namespace, device: torch.device) -> dict:
     optimizer = optimizer_of(model, args)
     sampler = engine.BatchSampler(len(train), args.batch_size, args.seed)
     loader = DataLoader(train, batch_sampler=sampler, num_workers=args.workers,
-                        pin_memory=device.type == "cuda",
+                        pin_memory=device.type == "cuda", worker_init_fn=engine.leave_sigterm_to_the_trainer,
                         collate_fn=partial(micro_batches, size=args.micro_batch))
+    if args.benchmark:
+        model.train()
+        print(benchmark(lambda batch, mark: train_step(model, optimizer, batch, args, device, mark), loader,
+                        args, device))
+        return {}
     run.open(args)
-    start, best, metrics = 0, -1.0, {}
+    start, step, best, metrics = 0, 0, -1.0, {}
     if state:
         optimizer.load_state_dict(state["optimizer"])
-        start, best, metrics = state["epoch"], state["best"], state["metrics"]
-        run.rewind(state["step"])
+        start, step, best, metrics = (state[k] for k in ("epoch", "step", "best", "metrics"))
+        run.rewind(start, step)
     origin = state["origin"] if state else engine.origin_of(args.pretrained)
 
-    bar = tqdm(total=args.epochs * len(train), initial=start * len(train), unit="img",
-               disable=engine.rank() > 0,
+    def save(epoch: int, step: int) -> None:
+        """`epoch`: how many are finished, the evaluation included; `step`: how many steps."""
+        run.save({**engine.describe(model, args, train.classes, "finetune"), "origin": origin, "best": best,
+                  "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step, "metrics": metrics})
+
+    bar = tqdm(total=args.epochs * len(train), initial=images_seen(step, len(sampler), args, len(train)),
+               unit="img", disable=engine.rank() > 0,
                desc=f"fine-tuning {args.variant} on {train.name}", smoothing=0.05, mininterval=1)
     for epoch in range(start, args.epochs):
         sampler.epoch = train.epoch = epoch
-        step = train_epoch(model, optimizer, loader, epoch, args, device, run, bar)
-        checkpoint = engine.describe(model, args, train.classes, "finetune")
-        metrics_are_new = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
-        if metrics_are_new:
+        step = train_epoch(model, optimizer, loader, step, args, device, run, save, bar)
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+            save(epoch, step)  # the evaluation may be interrupted
             metrics = evaluate_epoch(model, val, args, device, run)
             run.log(epoch=epoch + 1, step=step, **metrics)
             run.curves(("AP", "AP50"))
@@ -314,11 +356,9 @@ def train(args: argparse.Namespace, device: torch.device) -> dict:
                 bar.write(f"epoch {epoch + 1}: {scores}")
             if metrics["AP"] > best:
                 best = metrics["AP"]
-                engine.save_checkpoint(run.folder / "best.pt", checkpoint)
-        # epochs of a tiny set may last less than a save
-        if metrics_are_new or run.seconds_since_save() > 60:
-            run.save({**checkpoint, "optimizer": optimizer.state_dict(), "epoch": epoch + 1, "step": step,
-                      "best": best, "metrics": metrics, "origin": origin})
+                engine.save_checkpoint(run.folder / "best.pt",
+                                       engine.describe(model, args, train.classes, "finetune"))
+            save(epoch + 1, step)
     bar.close()
     summary = engine.summary(model, args, {"data": val.name, "images": len(val), **origin, **metrics})
     if not engine.rank():
@@ -332,7 +372,9 @@ def train(args: argparse.Namespace, device: torch.device) -> dict:
 def main() -> None:
     args = parse()
     device = engine.setup(args)
-    if args.seeds == 1:
+    if args.benchmark:
+        engine.prepare_benchmark(args)
+    if args.seeds == 1 or args.benchmark:
         train(args, device)
         return
     folder, runs = engine.Run.folder_of(args, "finetune"), []

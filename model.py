@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deform_attn import MSDeformAttn, at_least_float32
 from deform_attn_jit import InputError
@@ -305,6 +306,7 @@ class Encoder(nn.Module):
         kinds = [EncoderLayer] * (config.entry_layer - 1) + [later] * config.extra_layers
         self.layers = nn.ModuleList(kind(config, depth=i / max(1, config.layers - 1))
                                     for i, kind in enumerate(kinds))
+        self.checkpointing = False  # whether training keeps only the layers' inputs for the backward pass
 
     def embed(self, images: Tensor, padding_mask: Tensor | None) -> ImageTokens:
         """images (B, 3, H, W), padding_mask (B, H, W), True at padding, or None -> the sequence of 3.1."""
@@ -353,7 +355,10 @@ class Encoder(nn.Module):
             if number >= self.config.entry_layer and adaptor is not None:
                 adapted = adaptor(tokens[:, :count], extra.positions, tokens[:, count:], len(states))
                 tokens = torch.cat(adapted, 1)
-            tokens = layer(tokens, positions, references, image)
+            if self.checkpointing and self.training:
+                tokens = checkpoint(layer, tokens, positions, references, image, use_reentrant=False)
+            else:
+                tokens = layer(tokens, positions, references, image)
             if number >= self.config.entry_layer:
                 states.append(tokens[:, :count])
         return states, tokens[:, count:]

@@ -14,8 +14,9 @@ of this stage: it follows the paper, DeiT (Touvron et al. 2021) and, for ImageNe
 """
 import argparse
 import math
-import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 import engine
 from augment import mix, smooth_targets
+from benchmark import benchmark
 from data import ClassificationSet, ClassificationTransform, classification_set, to_image
 from model import VARIANTS, Classifier, InputError
 from pictures import grid
@@ -88,8 +90,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile the model: slower start, "
                                                                "faster steps")
     parser.add_argument("--eval-every", type=engine.positive, default=1, help="epochs between evaluations")
-    parser.add_argument("--benchmark", action="store_true",
-                        help="measure the loader and the training step instead of training")
     parser.add_argument("--linear-baseline", action="store_true",
                         help="instead of training: top-1 of a linear classifier on the raw pixels")
     tools = parser.add_argument_group("making the tree, instead of training")
@@ -159,20 +159,24 @@ class RepeatedSampler(engine.BatchSampler):
     def __len__(self) -> int:
         return max(1, self.used // self.batch_size)
 
-    def __iter__(self):
+    def batches(self) -> tuple[Tensor, ...]:
         order = self.order()[:, None] + torch.arange(self.repeats) * self.length  # (length, repeats)
-        for batch in order.flatten()[:self.used].split(self.batch_size)[:len(self)]:
-            position = torch.arange(len(batch))
-            pair = torch.minimum(position, len(batch) - 1 - position)
-            yield batch[pair % engine.world_size() == engine.rank()].tolist()
+        return order.flatten()[:self.used].split(self.batch_size)[:len(self)]
+
+    def share(self, batch: Tensor) -> list[int]:
+        position = torch.arange(len(batch))
+        pair = torch.minimum(position, len(batch) - 1 - position)
+        return batch[pair % engine.world_size() == engine.rank()].tolist()
 
 
 # -------------------------------------------------------------------------------------------------- training
 
 def train_step(model, optimizer, images: Tensor, labels: Tensor, num_classes: int, rng: np.random.Generator,
-               tree: Tree | None, args: argparse.Namespace) -> dict[str, Tensor]:
+               tree: Tree | None, args: argparse.Namespace,
+               mark: Callable[[str], None] = engine.no_mark) -> dict[str, Tensor]:
     """One step on this process's share of a batch. Returns its share of the loss and of the right
-    answers."""
+    answers. Raises FloatingPointError, before any weight is changed, if the loss is not finite. `mark`:
+    called with the name of each part of the step when it is done."""
     targets = None
     if tree is None:
         targets = smooth_targets(labels, num_classes, args.smoothing)
@@ -181,6 +185,8 @@ def train_step(model, optimizer, images: Tensor, labels: Tensor, num_classes: in
     total = engine.sum_over_processes(len(images), images.device)
     optimizer.zero_grad(set_to_none=True)
     sums = {"loss": torch.zeros((), device=images.device), "right": torch.zeros((), device=images.device)}
+    loss_so_far = sums["loss"].item
+    mark("copying and mixing")
     for start in range(0, len(images), args.micro_batch):
         part = slice(start, start + args.micro_batch)
         with engine.autocast(args, images.device):
@@ -189,11 +195,17 @@ def train_step(model, optimizer, images: Tensor, labels: Tensor, num_classes: in
             loss = -(targets[part] * logits.float().log_softmax(-1)).sum() / total
         else:
             loss = semantic_softmax_loss(logits, labels[part], tree, args.smoothing) * len(logits) / total
-        loss.backward()
         sums["loss"] += loss.detach()
         sums["right"] += (logits.argmax(-1) == labels[part]).sum() / total
+        loss_so_far = engine.on_host(sums["loss"])
+        mark("forward and loss")
+        loss.backward()
+        mark("backward")
+    if not math.isfinite(loss_so_far()):
+        raise FloatingPointError
     engine.sum_gradients(model)
     optimizer.step()
+    mark("optimiser")
     return sums
 
 
@@ -261,66 +273,53 @@ def prepare(args: argparse.Namespace, device: torch.device):
     state = engine.load_weights(model, args, "pretrain", train.classes, args.init)
     engine.check_images(train, val)
     model.to(device)
+    model.encoder.checkpointing = args.activation_checkpointing
     engine.broadcast_weights(model)
     return train, val, tree, model, state
 
 
-def train_epoch(model, optimizer, loader: DataLoader, train: ClassificationSet, tree, epoch: int, args,
-                device, run, bar: tqdm) -> int:
-    """One epoch; logs every tenth step. Returns the number of steps since the start of the run."""
+def train_epoch(model, optimizer, loader: DataLoader, train: ClassificationSet, tree, step: int, args,
+                device, run, save, bar: tqdm) -> int:
+    """The rest of an epoch, from the steps taken since the start of the run to those after it; logs every
+    tenth."""
     model.train()
-    engine.seed_epoch(args.seed, epoch)
-    steps, meters = len(loader), engine.Mean()
-    for step, (images, labels) in enumerate(loader, start=epoch * steps):
+    sampler, steps, meters = loader.batch_sampler, len(loader), engine.Mean()
+    sampler.skip = step - sampler.epoch * steps
+    for images, labels in loader:
+        engine.seed_step(args.seed, step)
         lr = learning_rate(args, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
         # the same in every process, and for every part of the batch
-        rng = np.random.default_rng((args.seed, epoch, step, 1))
-        meters.add(train_step(model, optimizer, images.to(device, non_blocking=True),
-                              labels.to(device, non_blocking=True), len(train.classes), rng, tree, args))
-        bar.update(min(args.batch_size, loader.batch_sampler.used))
-        if (step + 1) % 10 == 0 or step % steps == steps - 1:
+        seed = (args.seed, sampler.epoch, step, 1)
+        try:
+            meters.add(train_step(model, optimizer, images, labels, len(train.classes),
+                                  np.random.default_rng(seed), tree, args))
+        except FloatingPointError:
+            explain_non_finite(model, images, sampler.share(sampler.batches()[step % steps]), train, args,
+                               step)
+        step += 1
+        bar.update(min(args.batch_size, sampler.used))
+        if step % 10 == 0 or step % steps == 0:
             means = meters.take()
-            if not math.isfinite(means["loss"]):
-                raise InputError(f"the loss became {means['loss']} in epoch {epoch + 1}, step "
-                                 f"{step + 1}: try a lower --lr; the last checkpoint is untouched")
-            run.log(epoch=epoch + 1, step=step + 1, loss=means["loss"], train_top1=means["right"], lr=lr)
+            run.log(epoch=sampler.epoch + 1, step=step, loss=means["loss"], train_top1=means["right"], lr=lr)
             bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
-    return (epoch + 1) * steps
+        run.after_step(partial(save, sampler.epoch, step))
+    return step
 
 
-def benchmark(model, optimizer, loader: DataLoader, train: ClassificationSet, tree, args, device,
-              seconds: float = 20) -> str:
-    """Images per second of the loader alone, and of training steps on a batch that is already there."""
-    def rate(step) -> float:
-        start = time.perf_counter()
-        images, passed = 0, 0.0
-        while passed < seconds:
-            images += step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            passed = time.perf_counter() - start
-        return images / passed
+def explain_non_finite(model, images: Tensor, indices: list[int], train: ClassificationSet, args,
+                       step: int) -> None:
+    model = getattr(model, "_orig_mod", model)  # compiled code does not tell of its modules
 
-    def endless():
-        while True:
-            yield from loader
-    batches = endless()
-    for _ in range(1 + loader.prefetch_factor * args.workers if args.workers else 1):
-        images, labels = next(batches)  # what the workers prepare while they start is not counted
-    loading = rate(lambda: len(next(batches)[0]))
-    images, labels = images.to(device), labels.to(device)
-
-    def step() -> int:
-        train_step(model, optimizer, images.clone(), labels, len(train.classes), np.random.default_rng(0),
-                   tree, args)
-        return len(images)
-    model.train()
-    step()  # warms up
-    return (f"loader: {loading:.1f} images/s with {args.workers or 1} process(es); training step: "
-            f"{rate(step):.1f} images/s on {device} ({args.variant}, {args.image_size} pixels, micro-batch "
-            f"{args.micro_batch}, --amp {args.amp})")
+    def forward(part):
+        with engine.autocast(args, images.device):
+            return model(part)
+    names = [engine.image_name(train.items[i % len(train)][0], i % len(train)) for i in indices]
+    engine.stop_at_non_finite(model, [(names[i:i + args.micro_batch],
+                                       partial(forward, images[i:i + args.micro_batch]))
+                                      for i in range(0, len(names), args.micro_batch)], args, step)
 
 
 def linear_baseline(train: ClassificationSet, val: ClassificationSet) -> str:
@@ -361,10 +360,8 @@ def main() -> None:
         print(build_tree(args.is_a, args.classes, args.build_tree))
         return
     device = engine.setup(args)
-    if args.benchmark and engine.world_size() > 1:
-        raise InputError("--benchmark measures one process: start it without torchrun")
     if args.benchmark or args.linear_baseline:
-        args.overwrite = True  # they write nothing
+        engine.prepare_benchmark(args)
     run = engine.Run(args, "pretrain")
     args.out = run.folder
     train, val, tree, model, state = prepare(args, device)
@@ -376,28 +373,38 @@ def main() -> None:
                                   betas=(0.9, 0.999), weight_decay=args.weight_decay)
     sampler = RepeatedSampler(len(train), args.batch_size, args.seed, args.repeats)
     loader = DataLoader(train, batch_sampler=sampler, num_workers=args.workers, collate_fn=collate,
+                        worker_init_fn=engine.leave_sigterm_to_the_trainer,
                         pin_memory=device.type == "cuda")
     forward = torch.compile(model) if args.compile else model
     if args.benchmark:
-        print(benchmark(forward, optimizer, loader, train, tree, args, device))
+        model.train()
+        print(benchmark(lambda batch, mark: train_step(
+            forward, optimizer, *(x.to(device, non_blocking=True) for x in batch), len(train.classes),
+            np.random.default_rng(0), tree, args, mark), loader, args, device))
         return
     run.open(args)
-    start, best, scores = 0, -1.0, {}
+    start, step, best, scores = 0, 0, -1.0, {}
     if state:
         optimizer.load_state_dict(state["optimizer"])
-        start, best, scores = state["epoch"], state["best"], state["scores"]
-        run.rewind(state["step"])
+        start, step, best, scores = (state[k] for k in ("epoch", "step", "best", "scores"))
+        run.rewind(start, step)
 
-    per_epoch = len(loader) * min(args.batch_size, sampler.used)
-    bar = tqdm(total=args.epochs * per_epoch, initial=start * per_epoch, unit="img", smoothing=0.05,
-               mininterval=1,
-               disable=engine.rank() > 0, desc=f"pre-training {args.variant} on {train.name}")
+    def save(epoch: int, step: int) -> None:
+        """`epoch`: how many are finished, the evaluation included; `step`: how many steps."""
+        run.save({**engine.describe(model, args, train.classes, "pretrain"), "best": best, "scores": scores,
+                  "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step})
+
+    per_step = min(args.batch_size, sampler.used)
+    bar = tqdm(total=args.epochs * len(loader) * per_step, initial=step * per_step, unit="img",
+               smoothing=0.05, mininterval=1, disable=engine.rank() > 0,
+               desc=f"pre-training {args.variant} on {train.name}")
     for epoch in range(start, args.epochs):
         sampler.epoch = train.epoch = epoch
-        step = train_epoch(forward, optimizer, loader, train, tree, epoch, args, device, run, bar)
-        checkpoint = engine.describe(model, args, train.classes, "pretrain")
-        if new := (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            scores = evaluate(forward, val, tree, args, device)
+        step = train_epoch(forward, optimizer, loader, train, tree, step, args, device, run, save, bar)
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+            save(epoch, step)  # the evaluation may be interrupted
+            with run.interruptible():
+                scores = evaluate(forward, val, tree, args, device)
             run.log(epoch=epoch + 1, step=step, **scores)
             run.curves(tuple(scores))
             if not engine.rank():
@@ -406,10 +413,9 @@ def main() -> None:
                 bar.write(f"epoch {epoch + 1}: {shown}")
             if scores["top1"] > best:
                 best = scores["top1"]
-                engine.save_checkpoint(run.folder / "best.pt", {**checkpoint, "scores": scores})
-        if new or run.seconds_since_save() > 60:
-            run.save({**checkpoint, "optimizer": optimizer.state_dict(), "epoch": epoch + 1, "step": step,
-                      "best": best, "scores": scores})
+                engine.save_checkpoint(run.folder / "best.pt", {
+                    **engine.describe(model, args, train.classes, "pretrain"), "scores": scores})
+            save(epoch + 1, step)
     bar.close()
     if not engine.rank():
         measured = {"data": val.name, "images": len(val), "class_tokens": args.class_tokens, **scores}

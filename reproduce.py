@@ -99,7 +99,8 @@ def claims(args: argparse.Namespace) -> dict[str, Claim]:
         "Bi-LSTM": adaptor("bilstm", "--adaptor", "bilstm"),
         "self-attention, per layer": adaptor("attention-each", "--adaptor-per-layer"),
         "self-attention": full},
-        (("self-attention", "Bi-LSTM"), ("Bi-LSTM", "none"), ("self-attention", "none")), table_3)
+        (("self-attention", "Bi-LSTM"), ("Bi-LSTM", "none"), ("self-attention", "none"),
+         ("self-attention", "self-attention, per layer"), ("Bi-LSTM", "Bi-LSTM, per layer")), table_3)
     c3 = Claim("pre-training makes corruption cost less (Table 4)", {
         "pre-trained": [corrupted(j, args) for j in full],
         "from scratch": [corrupted(j, args) for j in full_scratch]},
