@@ -138,7 +138,7 @@ def cost_table() -> str:
             flops = forward_flops(kind, variant, size)
             hours = 3 * flops * images * epochs / (A100_FLOPS * UTILISATION) / 3600
             rows.append((f"{name}, {variant}", (f"{size[0]} x {size[1]}", f"{flops / 1e9:.0f}",
-                                                f"{images:,}", str(epochs), f"{hours:.0f}")))
+                                                f"{images:,}", str(epochs), f"{hours:.1f}")))
     header = ("pixels", "GFLOP per forward pass", "images", "epochs", "A100 hours")
     return markdown("experiment", header, rows)
 

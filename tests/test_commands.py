@@ -1,7 +1,9 @@
 """The programs as a user runs them: training on generated and on real pictures, resuming, evaluating, bad
 input."""
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -233,3 +235,26 @@ def test_pretraining_on_a_folder_with_the_semantic_softmax(tmp_path):
 @pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "evaluate.py"])
 def test_help_is_documentation(tmp_path, script):
     assert len(run(tmp_path, script, "--help").stdout.splitlines()) > 40
+
+
+def readme_commands() -> list[str]:
+    """The command lines of README.md that start a stage, without what shells do for them."""
+    lines = [line.split("#")[0].split("&&")[-1].strip()
+             for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    ")]
+    commands = [re.sub(r"^torchrun \S+ ", "python ", line) for line in lines]
+    variables = dict(line.split("=", 1) for line in lines if re.match(r"\w+=", line))
+    for name, value in {**variables, "tokens": "300"}.items():
+        commands = [c.replace(f"${name}", value.strip('"')) for c in commands]
+    return [c for c in commands if re.match(r"python (finetune|pretrain|evaluate)\.py", c)]
+
+
+def test_every_command_of_the_readme_is_understood(monkeypatch):
+    commands = readme_commands()
+    assert len(commands) > 45
+    for command in commands:
+        script, *flags = command.split()[1:]
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        try:
+            importlib.import_module(script.removesuffix(".py")).parse()
+        except SystemExit:
+            pytest.fail(command)

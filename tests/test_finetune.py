@@ -1,13 +1,15 @@
 """Matching and losses against values computed by the authors' own code in float64, and against brute
 force."""
 import itertools
+from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import engine
-from finetune import detection_loss, giou, match, optimizer_of, parse
+from finetune import detection_loss, giou, match, optimizer_of, parse, train_step
 from model import VARIANTS, Detector
 from released import released_layout
 
@@ -102,6 +104,53 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
     for size in (1, 2):
         for a, b in zip(grad(size), grad(4)):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def small_batch(device: str = "cpu"):
+    """A tiny detector with dropout and two micro-batches: two images with three and no objects, one with
+    one."""
+    torch.manual_seed(0)
+    model = Detector(replace(VARIANTS["tiny"], queries=5, dropout=0.1), 3).to(device).train()
+    targets = [{"labels": torch.zeros(n, dtype=torch.int64), "boxes": torch.rand(n, 4) / 2 + 0.2}
+               for n in (3, 0, 1)]
+    mask = torch.zeros(2, 64, 96, dtype=torch.bool)
+    mask[1, :, 64:] = True
+    return model, [(torch.randn(2, 3, 64, 96), mask, targets[:2]), (torch.randn(1, 3, 64, 64), None,
+                                                                    targets[2:])]
+
+
+@pytest.mark.parametrize("structure, adaptor", [("encoder-only", "self-attention"),
+                                                ("encoder-decoder", "none")])
+def test_activation_checkpointing_does_not_change_the_gradient(structure, adaptor):
+    """Dropout included: what it drew in the forward pass is drawn again."""
+    model, batch = small_batch()
+    model = Detector(replace(model.encoder.config, structure=structure, adaptor=adaptor), 3).train()
+    calls, gradients = [], []
+    model.encoder.layers[4].mlp.register_forward_hook(lambda *_: calls.append(1))
+    for model.encoder.checkpointing in (False, True):
+        torch.manual_seed(1)
+        train_step(model, torch.optim.SGD(model.parameters(), lr=0), batch, Namespace(amp="off", clip=1e9),
+                   torch.device("cpu"))
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert len(calls) == 2 + 4  # per micro-batch once, then twice
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_waits_for_the_gpu_only_to_match():
+    model, batch = small_batch("cuda")
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step():
+        train_step(model, optimizer, batch, Namespace(amp="bf16", clip=0.1), torch.device("cuda"))
+    step()  # compiles the kernel
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning) as found:
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in found if "synchronizing" in str(w.message)]) == len(batch)
 
 
 def test_learning_rates_follow_the_released_code(monkeypatch):
