@@ -8,6 +8,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch.utils.data import DataLoader
@@ -131,6 +132,26 @@ def forward_flops(kind: type[Classifier] | type[Detector], variant: str, size: t
     return counter.get_total_flops()
 
 
+def activation_bytes(variant: str, checkpointing: bool, size: tuple[int, int] = (800, 1333)) -> int:
+    """What a detector's forward pass on one image keeps for the backward pass, in bfloat16 by the rules of
+    the CPU, whose dropout masks take two bytes an element (on GPUs one)."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor  # views of one memory count once
+        return tensor
+    with FakeTensorMode():
+        model = Detector(replace(VARIANTS[variant], dropout=0.1), 80).train()
+        model.encoder.checkpointing = checkpointing
+        keep = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+        with keep, torch.autocast("cpu", torch.bfloat16):
+            model(torch.zeros(1, 3, *size))
+        for parameter in model.parameters():
+            kept.pop(parameter.untyped_storage()._cdata, None)
+        return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
 def cost_table() -> str:
     rows = []
     for name, (kind, size, images, epochs) in EXPERIMENTS.items():
@@ -143,9 +164,16 @@ def cost_table() -> str:
     return markdown("experiment", header, rows)
 
 
+def memory_table() -> str:
+    rows = [(variant, tuple(f"{activation_bytes(variant, flag) / 1e9:.2f}" for flag in (False, True)))
+            for variant in ("lite", "small", "base")]
+    return markdown("GB", ("kept for the backward pass", "with --activation-checkpointing"), rows)
+
+
 def main() -> None:
     print(f"A100 hours = 3 (forward and backward) x FLOP x images x epochs / ({UTILISATION:.0%} of "
-          f"{A100_FLOPS / 1e12:.0f} TFLOP/s)\n{cost_table()}")
+          f"{A100_FLOPS / 1e12:.0f} TFLOP/s)\n{cost_table()}\n\n"
+          f"activations of one image of 800 x 1333 pixels, bfloat16, dropout 0.1\n{memory_table()}")
 
 
 if __name__ == "__main__":

@@ -26,15 +26,18 @@ from cityscapes import cached_coco, cityscapes_to_coco  # noqa: F401 (public her
 from model import InputError
 from shapes import COLOURS, SHAPES, shape_scene
 
+warnings.filterwarnings("ignore", module="PIL")  # damaged metadata, which some of ImageNet have, do no harm
 # a picture of 90 megapixels or more is refused
 warnings.simplefilter("error", Image.DecompressionBombWarning)
+# Not all that pillow reads: EPS files are programs, and half a JPEG 2000 file may pass for a whole one.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM")
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, on 0..255 RGB
 
 
 # ---------------------------------------------------------------------------------------------------- images
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Image.Image:
-    """An RGB picture from any file that pillow reads: grey, palette, RGBA (alpha dropped), CMYK, 16 bit,
+    """An RGB picture from a file in one of FORMATS: grey, palette, RGBA (alpha dropped), CMYK, 16 bit,
     EXIF-rotated.
 
     Args:
@@ -43,8 +46,10 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Image.I
     Raises:
         InputError: naming the file, if it is absent, truncated, no picture or too large to be one.
     """
+    if not os.path.isfile(path):  # to open a named pipe would be to wait for ever
+        raise InputError(f"image {path} is missing or no file")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.load()
             upright = ImageOps.exif_transpose(image)
             if size is not None and upright.size != size and image.size == size:
@@ -52,8 +57,6 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Image.I
         if upright.mode.startswith("I"):  # 16-bit grey; pillow's own conversion would clip it to 8 bits
             upright = Image.fromarray((np.asarray(upright).clip(0, 65535) // 256).astype(np.uint8))
         return upright.convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"image {path} is missing") from None
     except Exception as e:  # pillow's decoders raise a dozen kinds of error on damaged files
         raise InputError(f"image {path} cannot be read ({' '.join(str(e).split())}): replace or "
                          f"remove it") from None
@@ -227,7 +230,7 @@ def micro_batches(samples: list, size: int) -> list:
 
 def load_annotations(path: Path) -> dict:
     """A COCO-format annotation file, checked: {"images", "annotations", "categories"} with what detection
-    needs. Missing areas and crowd flags are filled in, masks left out. Raises InputError, naming the entry,
+    needs and nothing else. Missing areas and crowd flags are filled in. Raises InputError, naming the entry,
     at the first thing wrong."""
     try:
         with open(path, encoding="utf-8") as f:
@@ -252,20 +255,30 @@ def load_annotations(path: Path) -> dict:
     sizes = {}
     for image in content["images"]:
         if not all(type(image[k]) is int and 0 < image[k] < 1e6 for k in ("width", "height")):
-            raise InputError(f"annotations {path}: image {image['id']} has no positive integer width "
-                             f"and height")
-        if type(image["id"]) is not int or image["id"] in sizes:
-            raise InputError(f"annotations {path}: image id {image['id']!r} is not an integer of its own")
+            raise InputError(f"annotations {path}: image {image['id']!r:.60} has no positive integer "
+                             f"width and height")
+        if not is_id(image["id"]) or image["id"] in sizes:
+            raise InputError(f"annotations {path}: image id {image['id']!r:.60} is no integer of its own")
         sizes[image["id"]] = (image["width"], image["height"])
     category_ids = [c["id"] for c in content["categories"]]
-    if not category_ids or any(type(c) is not int
-                               for c in category_ids) or len(set(category_ids)) < len(category_ids):
+    if not category_ids or not all(map(is_id, category_ids)) or len(set(category_ids)) < len(category_ids):
         raise InputError(f"annotations {path}: category ids must be integers, each its own, and at "
                          f"least one")
+    categories = [{"id": c["id"], "name": str(c["name"])} for c in content["categories"]]
+    for c in categories:
+        if not c["name"].isprintable():
+            raise InputError(f"annotations {path}: category {c['id']} has the name {c['name']!r:.60}, which "
+                             f"cannot be printed")
     annotations = [check_annotation(a, i, sizes, set(category_ids), path)
                    for i, a in enumerate(content["annotations"], 1)]
-    categories = [{**c, "name": str(c["name"])} for c in content["categories"]]
-    return {"images": content["images"], "annotations": annotations, "categories": categories}
+    images = [{k: i[k] for k in ("id", "file_name", "width", "height")} for i in content["images"]]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def is_id(value) -> bool:
+    """Whether a JSON value is an integer that pycocotools, which holds some ids as float64, tells from
+    others."""
+    return type(value) is int and abs(value) < 2 ** 53
 
 
 def is_number(value) -> bool:
@@ -275,28 +288,30 @@ def is_number(value) -> bool:
 
 
 def check_annotation(entry: dict, number: int, sizes: dict, category_ids: set, path: Path) -> dict:
-    where, box = f"annotations {path}: annotation {entry.get('id', number)}", entry["bbox"]
+    where, box = f"annotations {path}: annotation {entry.get('id', number)!r:.60}", entry["bbox"]
     if not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box))):
-        raise InputError(f"{where} has the box {str(box)[:60]}: needed are four finite numbers x, y, "
+        raise InputError(f"{where} has the box {box!r:.60}: needed are four finite numbers x, y, "
                          f"width, height")
     if box[2] < 0 or box[3] < 0:
-        raise InputError(f"{where} has a box of negative size, {box}: needed are x, y, width, height")
+        raise InputError(f"{where} has a box of negative size, {box!r:.60}: needed are x, y, width, height")
     for key, known in (("image_id", sizes), ("category_id", category_ids)):
         if type(entry[key]) is not int or entry[key] not in known:
-            raise InputError(f"{where} has the {key} {str(entry[key])[:60]}, which does not exist")
+            raise InputError(f"{where} has the {key} {entry[key]!r:.60}, which does not exist")
     if entry.get("iscrowd", 0) not in (0, 1):
-        raise InputError(f"{where} has iscrowd {str(entry['iscrowd'])[:60]}: needed is 0 or 1")
+        raise InputError(f"{where} has iscrowd {entry['iscrowd']!r:.60}: needed is 0 or 1")
     area = entry.get("area")
     # Numbered anew from 1: the ids in the file may repeat or be missing, and pycocotools takes id 0 for "no
     # match".
     return {"id": number, "image_id": entry["image_id"], "category_id": entry["category_id"], "bbox": box,
-            "area": area if is_number(area) else box[2] * box[3], "iscrowd": int(entry.get("iscrowd", 0))}
+            "area": area if is_number(area) and area >= 0 else box[2] * box[3],
+            "iscrowd": int(entry.get("iscrowd", 0))}
 
 
 def coco_format(image_folder: Path, annotation_file: Path, limit: int | None = None,
                 **options) -> DetectionSet:
     """Any detection set in COCO format. Images without objects stay; crowd regions are left out of the
     training targets (they remain in `ground_truth`); boxes are clipped to their image, empty ones dropped.
+    No file name may lead out of the image folder, but symbolic links in it may: some are made of links.
     `limit`: the first N images."""
     content = load_annotations(annotation_file)
     content["images"] = content["images"][:limit]
@@ -306,13 +321,13 @@ def coco_format(image_folder: Path, annotation_file: Path, limit: int | None = N
     for a in content["annotations"]:
         if not a["iscrowd"]:
             boxes_of[a["image_id"]].append((*a["bbox"], label_of[a["category_id"]]))
-    records = []
+    records, inside = [], os.path.join(os.path.abspath(image_folder), "")
     for image in content["images"]:
-        name, size = str(image["file_name"]), (image["width"], image["height"])
-        source = Path(os.path.normpath(image_folder / name))
-        inside = source.is_relative_to(os.path.normpath(image_folder))
-        if not inside or not name.isprintable():
-            raise InputError(f"annotations {annotation_file}: the file name {name[:80]!r} leaves "
+        name, size = image["file_name"], (image["width"], image["height"])
+        source = Path(os.path.normpath(image_folder / str(name)))
+        is_name = isinstance(name, str) and name.isprintable() and len(name) < 1000
+        if not is_name or not os.path.abspath(source).startswith(inside):
+            raise InputError(f"annotations {annotation_file}: the file name {name!r:.80} leaves "
                              f"{image_folder} or is none")
         rows = np.array(boxes_of[image["id"]], dtype=np.float64).reshape(-1, 5)
         boxes = np.concatenate([rows[:, :2], rows[:, :2] + rows[:, 2:4]], 1)

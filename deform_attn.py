@@ -232,6 +232,8 @@ class MSDeformAttn(nn.Module):
     def sampling(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """query (B, Q, D) -> offsets (B, Q, M, L, P, 2) and attention logits (B, Q, M, L, P)."""
         B, Q, _ = query.shape
+        if torch.is_autocast_enabled(query.device.type):  # once, not in each of the two layers
+            query = query.to(torch.get_autocast_dtype(query.device.type))
         # 16-bit under autocast, like the logits: an offset of 8 pixels is then still right to 1/32 pixel,
         # since it is added to its reference point in float32.
         offsets = self.sampling_offsets(query).view(B, Q, self.heads, self.levels, self.points, 2)

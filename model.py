@@ -246,8 +246,9 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.attention = MSDeformAttn(config.dim, config.heads, levels=4, points=config.points)
         self.norm1 = nn.LayerNorm(config.dim)
-        self.mlp = nn.Sequential(nn.Linear(config.dim, config.mlp_dim), nn.ReLU(),
-                                 nn.Dropout(config.dropout), nn.Linear(config.mlp_dim, config.dim))
+        # Dropout before ReLU or after it is the same; before, the backward pass needs one tensor less.
+        self.mlp = nn.Sequential(nn.Linear(config.dim, config.mlp_dim), nn.Dropout(config.dropout),
+                                 nn.ReLU(), nn.Linear(config.mlp_dim, config.dim))
         for linear in (self.mlp[0], self.mlp[3]):
             nn.init.xavier_uniform_(linear.weight)
         self.norm2 = nn.LayerNorm(config.dim)
