@@ -46,8 +46,15 @@ class Job:
         return (out / self.name / last).exists()
 
 
+SMALL_SET = 150
+
+
+def full_set(args: argparse.Namespace) -> int:
+    return 200 if args.quick else 2000
+
+
 def pretrain(seed: int, args: argparse.Namespace, name: str = "pre", *flags: str) -> Job:
-    epochs, images = (1, 4000) if args.quick else (4, 8000)
+    epochs, images = (1, 2000) if args.quick else (4, 8000)
     sizes = ("--epochs", str(epochs), "--limit-train", str(images))
     flags = (*DATA, "--seed", str(seed), *sizes, *flags)
     return Job(f"{name}-{seed}", "pretrain.py", flags, epochs * images)
@@ -55,15 +62,17 @@ def pretrain(seed: int, args: argparse.Namespace, name: str = "pre", *flags: str
 
 def finetune(seed: int, args: argparse.Namespace, name: str, start: Job | None, *flags: str,
              small: bool = False) -> Job:
-    images, epochs = (150, 20 if args.quick else 80) if small else (2000, 1 if args.quick else 7)
-    sizes = ("--limit-train", str(images), "--epochs", str(epochs), "--eval-every", str(max(1, epochs // 7)))
+    images = SMALL_SET if small else full_set(args)
+    epochs = 7 if args.quick or not small else 80  # 875 and 800 steps
+    every = epochs if args.quick else max(1, epochs // 7)
+    sizes = ("--limit-train", str(images), "--epochs", str(epochs), "--eval-every", str(every))
     flags = (*DATA, "--seed", str(seed), *sizes, *flags)
     return Job(f"{name}-{seed}", "finetune.py", flags, images * epochs, start)
 
 
 def corrupted(job: Job, args: argparse.Namespace) -> Job:
     flags = ("--corruptions", "all", *(("--severities", "3", "--limit-val", "50") if args.quick else ()))
-    return Job(job.name, "evaluate.py", flags, 1000 if args.quick else 6000, job)
+    return Job(job.name, "evaluate.py", flags, 1000 if args.quick else 16000, job)
 
 
 @dataclass(frozen=True)
@@ -83,12 +92,13 @@ def claims(args: argparse.Namespace) -> dict[str, Claim]:
     pre = [pretrain(s, args) for s in seeds]
     full = [finetune(s, args, "full-pre", pre[s]) for s in seeds]
     full_scratch = [finetune(s, args, "full", None) for s in seeds]
+    many, few = f"{full_set(args):,} images", f"{SMALL_SET} images"
     c1 = Claim("pre-trained beats from scratch, most on small data (Tables 2, 5)", {
-        "2,000 images, pre-trained": full, "2,000 images, from scratch": full_scratch,
-        "150 images, pre-trained": [finetune(s, args, "small-pre", pre[s], small=True) for s in seeds],
-        "150 images, from scratch": [finetune(s, args, "small", None, small=True) for s in seeds]},
-        (("150 images, pre-trained", "150 images, from scratch"),
-         ("2,000 images, pre-trained", "2,000 images, from scratch")), {})
+        f"{many}, pre-trained": full, f"{many}, from scratch": full_scratch,
+        f"{few}, pre-trained": [finetune(s, args, "small-pre", pre[s], small=True) for s in seeds],
+        f"{few}, from scratch": [finetune(s, args, "small", None, small=True) for s in seeds]},
+        ((f"{few}, pre-trained", f"{few}, from scratch"), (f"{many}, pre-trained", f"{many}, from scratch")),
+        {})
 
     def adaptor(name: str, *flags: str) -> list[Job]:
         return [finetune(s, args, name, pre[s], *flags) for s in seeds]
