@@ -128,7 +128,7 @@ def run_script(main) -> None:
         end(2, "error: the GPU's memory is full: give a smaller --micro-batch (the same batch, accumulated "
                "in parts)")
     except RuntimeError as e:
-        if not isinstance(e, dist.DistError) and "peer" not in str(e):  # gloo raises RuntimeErrors
+        if not isinstance(e, dist.DistError) and "gloo" not in str(e):  # it raises plain RuntimeErrors
             raise
         end(2, f"error: process {rank()} lost another one, which says above or below why it ended; then go "
                f"on with --resume")
@@ -208,7 +208,7 @@ def sum_gradients(model: nn.Module) -> None:
 
 def sum_over_processes(value: float | Tensor, device: torch.device) -> Tensor:
     """The sum over the processes of a number or a float tensor, on `device`; nobody waits for it."""
-    total = torch.as_tensor(value, dtype=torch.float32).to(device, non_blocking=True)
+    total = torch.as_tensor(value, dtype=torch.float32).to(device, non_blocking=True, copy=True)
     if world_size() > 1:
         dist.all_reduce(total)
     return total
@@ -584,8 +584,9 @@ class Run:
             self.stop()
 
     def stop(self) -> None:
-        raise Terminated(f"stopped by SIGTERM; the same command with --resume goes on from {self.last}"
-                         if self.last.exists() else "stopped by SIGTERM before the first checkpoint")
+        raise Terminated(f"stopped by SIGTERM; the same command with --resume goes on from {self.last} (one "
+                         f"with --seeds goes on by itself)" if self.last.exists() else
+                         "stopped by SIGTERM before the first checkpoint: start it again")
 
     @contextlib.contextmanager
     def interruptible(self):

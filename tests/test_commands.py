@@ -117,8 +117,8 @@ def test_benchmark_measures_and_writes_nothing(tmp_path, script):
     result = json.loads(done.stdout.splitlines()[-1])
     parts = result["seconds_per_step"]
     assert {"waiting for data", "backward", "optimiser"} < parts.keys() and min(parts.values()) >= 0
-    # twice the same steps, once with the parts measured: up to the machine's other work
-    assert sum(parts.values()) == pytest.approx(8 / result["training_images_per_second"], rel=0.8)
+    # the same steps of 8 images, measured twice, while the machine may do other work
+    assert 1 / 4 < sum(parts.values()) * result["training_images_per_second"] / 8 < 4
     images = {"finetune.py": 24 * 14, "pretrain.py": 24 * 4}[script]
     assert result["hours"] == pytest.approx(images / result["training_images_per_second"] / 3600)
     assert not list(tmp_path.iterdir())

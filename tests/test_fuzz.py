@@ -85,12 +85,12 @@ ODD = ["1e400", "-1e400", "NaN", "-Infinity", "1e308", "5e-324", "1.5", "-1", "0
 
 def malformed_annotations(rng: np.random.Generator, number: int) -> bytes:
     data, (turn, kind) = TEXT.encode(), divmod(number, 10)
-    odd = ODD[turn % 30 if kind in (0, 3) else rng.integers(30)]
+    odd, u = ODD[turn % 30 if kind in (0, 4) else rng.integers(30)], "_" * (turn % 2)
     place = (r"(?<=\[)\d+|(?<=, )\d+", r'(?<=: )["\w.]+', r"\[[\d, ]*\]|9(?=})")[kind % 3]  # 0: in a box
     part = rng.choice(list(re.finditer(place, TEXT)))
     key, entry = rng.choice(re.findall(r'"\w*":', TEXT)), rng.choice(re.findall(r"{[^{}]*}", TEXT))
-    texts = [*[TEXT[:part.start()] + odd + TEXT[part.end():]] * 3, TEXT.replace('id": 7', f'id": {odd}'),
-             TEXT.replace(key, '"x":', 1), TEXT.replace('"id"', f'"more": {odd}, "id"'),
+    texts = [*[TEXT[:part.start()] + odd + TEXT[part.end():]] * 3, TEXT.replace(key, '"x":', 1),
+             TEXT.replace(f'{u}id": 7', f'{u}id": {odd}'), TEXT.replace('"id"', f'"more": {odd}, "id"'),
              TEXT.replace(entry, f"{entry}, {entry}"), TEXT.replace('"a.png"', json.dumps(NAMES[turn % 16]))]
     files = [b"\xef\xbb\xbf" + data, b"", b"null", TEXT.encode("utf-16"), 2 * data, b"[" * 100_000,
              data.replace(b"ki", b"\xff"), data.replace(b"ki", b"\\ud800"), data.replace(b"}", b',"id":3}')]

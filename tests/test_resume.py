@@ -103,7 +103,7 @@ def test_sigterm_to_all_processes_saves_and_exits_0(stage, tmp_path):
     assert process.exitcode == 0
     assert time.time() - asked < 10
     said = (tmp_path / "run.txt").read_text()
-    assert f"stopped by SIGTERM; the same command with --resume goes on from {out / 'last.pt'}\n" in said
+    assert f"stopped by SIGTERM; the same command with --resume goes on from {out / 'last.pt'} (" in said
     step = weights(out)["step"]
     assert step >= json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] > 0
 
