@@ -449,7 +449,7 @@ class ClassificationSet(Dataset):
         Raises InputError naming the first."""
         def check(path: Path) -> str | None:
             try:
-                Image.open(path).close()
+                Image.open(path, formats=FORMATS).close()
             # pillow's readers raise a dozen kinds of error on files that are not theirs
             except Exception as e:
                 return f"{path} is no image ({' '.join(str(e).split())[:100]}): remove or replace it"
