@@ -10,7 +10,8 @@ Where the paper is silent, the authors' released code decides; where the two dif
 comment says so. `released.py` turns a model of this file into the released layout.
 """
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -139,7 +140,7 @@ class ExtraTokens:
     """The class tokens or the object queries of a batch, E of them."""
     content: Tensor     # (B, E, D)
     positions: Tensor   # (B, E, D), the visual prompts
-    references: Tensor  # (B, E, 2) as (x, y) in [0, 1] of the unpadded image
+    references: Tensor  # (B, E, 2) as (x, y) in [0, 1] of the unpadded image; or (B, E, 4), see `Detector.boxes`
 
 
 class ExtraTokenEmbedding(nn.Module):
@@ -255,17 +256,18 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.drop_path = DropPath(config.drop_path * depth)
 
-    def forward(self, tokens: Tensor, positions: Tensor, references: Tensor, image: ImageTokens) -> Tensor:
-        """tokens, positions: (B, E + N, D); references: (B, E + N, 4, 2); `image` gives shapes and padding
-        -> like tokens."""
+    def forward(self, tokens: Tensor, positions: Tensor, references: Tensor, memory: Tensor,
+                image: ImageTokens) -> Tensor:
+        """
+        Args:
+            tokens, positions: (B, T, D), the tokens to be updated. references: (B, T, 4, 2).
+            memory: (B, N, D), the image tokens that they sample; `image` gives their shapes and padding.
+        Returns:
+            (B, T, D)
+        """
         # 3.2 makes the extra tokens a fifth level and masks it, so that nobody attends to them. A masked
         # softmax gives that level weight 0; we leave it out instead: the same result exactly, for a fifth
         # less work. So the values are the image tokens alone, which cannot depend on the extra tokens.
-        return self.sample(tokens, positions, references, tokens[:, -image.content.shape[1]:], image)
-
-    def sample(self, tokens: Tensor, positions: Tensor, references: Tensor, memory: Tensor,
-               image: ImageTokens) -> Tensor:
-        """The whole layer, for any tokens that sample from the image tokens `memory` (B, N, D)."""
         # Eq. 4 adds positions to the content once, at the input. Like the released code and Deformable DETR
         # we add them to the query side of every layer instead: a prompt has to be readable in every layer.
         attended = self.attention(tokens + positions, references, memory, image.shapes, image.padding)
@@ -285,14 +287,13 @@ class DecoderLayer(EncoderLayer):
         nn.init.xavier_uniform_(self.self_attention.out_proj.weight)
         self.norm0 = nn.LayerNorm(config.dim)
 
-    def forward(self, tokens: Tensor, positions: Tensor, references: Tensor, image: ImageTokens) -> Tensor:
-        count = tokens.shape[1] - image.content.shape[1]
-        extra, memory = tokens[:, :count], tokens[:, count:]
-        where = extra + positions[:, :count]
-        related = self.self_attention(where, where, extra, need_weights=False)[0]
-        extra = self.norm0(extra + self.drop_path(self.dropout(related)))
-        extra = self.sample(extra, positions[:, :count], references[:, :count], memory, image)
-        return torch.cat([extra, memory], 1)
+    def forward(self, tokens: Tensor, positions: Tensor, references: Tensor, memory: Tensor,
+                image: ImageTokens) -> Tensor:
+        """Arguments and result as of an EncoderLayer; `tokens` are extra tokens alone."""
+        where = tokens + positions
+        related = self.self_attention(where, where, tokens, need_weights=False)[0]
+        tokens = self.norm0(tokens + self.drop_path(self.dropout(related)))
+        return super().forward(tokens, positions, references, memory, image)
 
 
 class Encoder(nn.Module):
@@ -334,35 +335,42 @@ class Encoder(nn.Module):
         return ImageTokens(content, torch.cat(positions, 1), references, shapes, padding, valid_ratios)
 
     def forward(self, images: Tensor, extra: ExtraTokens, padding_mask: Tensor | None = None,
-                adaptor: nn.Module | None = None) -> tuple[list[Tensor], Tensor]:
+                adapt: Callable | None = None) -> tuple[list[ExtraTokens], Tensor]:
         """
         Args:
             images: (B, 3, H, W). padding_mask: (B, H, W), True at padding, or None if there is none.
             extra: the tokens that enter at `config.entry_layer`.
-            adaptor: see TaskAdaptor; None in pre-training.
+            adapt: called before each layer that holds them, see `Detector.adapt`; None in pre-training.
         Returns:
-            the extra tokens (B, E, D) after each layer that holds them; the image tokens (B, N, D) at last.
+            the extra tokens after each layer that holds them; the image tokens (B, N, D) that the last of
+            these layers sampled.
         """
         image = self.embed(images, padding_mask)
-        tokens, positions, references = image.content, image.positions, image.references
-        count, states = extra.content.shape[1], []
-        for number, layer in enumerate(self.layers, start=1):
-            if number == self.config.entry_layer:
-                # Order of Eq. 1 and 4, extra tokens first (the released code puts them last; no effect).
-                tokens = torch.cat([extra.content, tokens], 1)
-                positions = torch.cat([extra.positions, positions], 1)
-                prompts = extra.references[:, :, None] * image.valid_ratios[:, None]  # (B, E, 4, 2)
-                references = torch.cat([prompts, references], 1)
-            if number >= self.config.entry_layer and adaptor is not None:
-                adapted = adaptor(tokens[:, :count], extra.positions, tokens[:, count:], len(states))
-                tokens = torch.cat(adapted, 1)
-            if self.checkpointing and self.training:
-                tokens = checkpoint(layer, tokens, positions, references, image, use_reentrant=False)
-            else:
-                tokens = layer(tokens, positions, references, image)
-            if number >= self.config.entry_layer:
-                states.append(tokens[:, :count])
-        return states, tokens[:, count:]
+        memory, states = image.content, []
+        for layer in self.layers[:self.config.entry_layer - 1]:
+            memory = self.run(layer, memory, image.positions, image.references, memory, image)
+        for layer in self.layers[self.config.entry_layer - 1:]:
+            if adapt is not None:
+                extra, memory = adapt(extra, memory, len(states))
+            prompts = extra.references[:, :, None, :2] * image.valid_ratios[:, None]  # (B, E, 4, 2)
+            tokens, positions, references = extra.content, extra.positions, prompts
+            if layer is not self.layers[-1] and not isinstance(layer, DecoderLayer):
+                # Order of Eq. 1 and 4, extra tokens first (the released code puts them last; no effect). The
+                # last layer updates the extra tokens alone: nobody would read its image tokens.
+                tokens = torch.cat([tokens, memory], 1)  # (B, E + N, D)
+                positions = torch.cat([positions, image.positions], 1)
+                references = torch.cat([references, image.references], 1)
+            tokens = self.run(layer, tokens, positions, references, memory, image)
+            count = extra.content.shape[1]
+            extra = replace(extra, content=tokens[:, :count])
+            memory = tokens[:, count:] if tokens.shape[1] > count else memory
+            states.append(extra)
+        return states, memory
+
+    def run(self, layer: nn.Module, *inputs) -> Tensor:
+        if self.checkpointing and self.training:
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
 
 
 # ------------------------------------------------------------------------------------------------ the models
@@ -380,7 +388,7 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W), normalised, at least 64 pixels a side -> logits (B, num_classes)."""
         states, _ = self.encoder(images, self.class_token(len(images)))
-        return self.class_head(states[-1].mean(1))
+        return self.class_head(states[-1].content.mean(1))
 
 
 def pad_to_multiple(images: Tensor, padding_mask: Tensor | None,
@@ -426,13 +434,22 @@ class Detector(nn.Module):
             a sigmoid per class.
         """
         images, padding_mask = pad_to_multiple(images, padding_mask, self.encoder.tokenizer.multiple)
-        queries = self.queries(len(images))
-        states, _ = self.encoder(images, queries, padding_mask, self.adaptor)
-        states = torch.stack(states)  # (6, B, Q, D)
-        logits = self.class_head(states)
-        with torch.autocast(images.device.type, enabled=False):
-            # (B, Q, 4), nothing added to width and height
-            centre = F.pad(inverse_sigmoid(queries.references), (0, 2))
-            boxes = (self.box_head(at_least_float32(states)) + centre).sigmoid()
-        outputs = [{"pred_logits": at_least_float32(l), "pred_boxes": b} for l, b in zip(logits, boxes)]
+        states, _ = self.encoder(images, self.queries(len(images)), padding_mask, self.adapt)
+        outputs = [{"pred_logits": at_least_float32(self.class_head(queries.content)),
+                    "pred_boxes": self.boxes(queries)} for queries in states]
         return {**outputs[-1], "aux_outputs": outputs[:-1]}
+
+    def adapt(self, queries: ExtraTokens, image: Tensor, step: int) -> tuple[ExtraTokens, Tensor]:
+        """Eq. 5. image: (B, N, D); step: how many layers with queries have passed -> both, as the next layer
+        is to take them."""
+        if self.adaptor is None:
+            return queries, image
+        content, image = self.adaptor(queries.content, queries.positions, image, step)
+        return replace(queries, content=content), image
+
+    def boxes(self, queries: ExtraTokens) -> Tensor:
+        """(B, Q, 4) float32 cxcywh in [0, 1], predicted relative to the reference points."""
+        with torch.autocast(queries.content.device.type, enabled=False):
+            start = inverse_sigmoid(queries.references)
+            start = F.pad(start, (0, 4 - start.shape[-1]))  # nothing added to width and height
+            return (self.box_head(at_least_float32(queries.content)) + start).sigmoid()
