@@ -6,12 +6,15 @@ do depends on the picture's number alone; mixup and CutMix take a batch. Numbers
 rand-m9-mstd0.5-inc1, mixup 0.8, CutMix 1.0, random erasing 0.25 (pixel), label smoothing 0.1.
 """
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor
+
+from images import to_tensor
 
 FILL = (124, 116, 104)  # ImageNet's mean colour, where a picture was moved away
 BICUBIC = Image.Resampling.BICUBIC
@@ -155,3 +158,33 @@ def mix(images: Tensor, targets: Tensor, rng: np.random.Generator, mixup: float 
     else:
         images = images.lerp_(images.flip(0), 1 - ratio)
     return images, targets.lerp(targets.flip(0), 1 - ratio)
+
+
+# ----------------------------------------------------------------------------------- whole recipes, by name
+
+@dataclass
+class ClassificationTransform:
+    """Picture -> (3, size, size) normalised. `kind`: "deit" (random crop and flip, RandAugment, random
+    erasing), "21k" (squeezed to the size, Cutout, RandAugment), "flip" (flip only) or "none" (the middle, as
+    for evaluation)."""
+    size: int = 224
+    kind: str = "none"
+    erasing: float = 0.25  # probability, of "deit"
+    cutout: float = 0.5    # side, of "21k"
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+        if self.kind == "deit":
+            image = random_resized_crop(image, self.size, rng)
+        elif self.kind == "21k":
+            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        else:
+            # a picture that already has the size (the embedded data) is taken as it is
+            image = centre_crop(image, self.size) if image.size != (self.size,) * 2 else image
+        if self.kind in ("deit", "flip") and rng.random() < 0.5:
+            image = ImageOps.mirror(image)
+        if self.kind == "21k":
+            image = cutout(image, rng, self.cutout)
+        if self.kind in ("deit", "21k"):
+            image = rand_augment(image, rng)
+        pixels = to_tensor(image)
+        return random_erasing(pixels, rng, self.erasing) if self.kind == "deit" else pixels

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from engine import no_mark, run_script
 from model import VARIANTS, Classifier, Detector
-from tables import markdown
+from report import markdown
 
 
 class Timer:

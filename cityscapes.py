@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from scipy.ndimage import find_objects
 from tqdm import tqdm
 
 from model import InputError
@@ -170,6 +169,7 @@ def visible(width: int, height: int, objects: list) -> list[dict]:
     the image's edges and fills them with their outline, as the tools of Cityscapes do, so that the polygon
     (2, 3) (10, 3) (10, 8) (2, 8) is 9 pixels wide.
     """
+    from scipy.ndimage import find_objects  # here, so that --help need not wait for it
     canvas, instances = Image.new("I", (width, height)), []  # 32 bits
     draw = ImageDraw.Draw(canvas)
     for label, polygon in objects:

@@ -19,7 +19,7 @@ from PIL import Image, ImageChops, ImageDraw
 from scipy import fft, ndimage
 
 import engine
-from data import read_image
+from images import read_image
 from model import InputError
 from pictures import grid
 from shapes import shape_scene

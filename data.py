@@ -7,9 +7,7 @@ class; its augmentations are in augment.py. Boxes are absolute (x0, y0, x1, y1) 
 and normalised (cx, cy, w, h) when they leave it.
 """
 import itertools
-import json
 import os
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,58 +19,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import augment
+from augment import ClassificationTransform
 from cityscapes import cached_coco, cityscapes_to_coco  # noqa: F401 (public here)
+from coco import check_annotations, load_annotations
+from images import FORMATS, read_image, to_tensor
 from model import InputError
 from shapes import COLOURS, SHAPES, shape_scene
-
-warnings.filterwarnings("ignore", module="PIL")  # damaged metadata, which some of ImageNet have, do no harm
-# a picture of 90 megapixels or more is refused
-warnings.simplefilter("error", Image.DecompressionBombWarning)
-# Not all that pillow reads: EPS files are programs, and half a JPEG 2000 file may pass for a whole one.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM")
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, on 0..255 RGB
-
-
-# ---------------------------------------------------------------------------------------------------- images
-
-def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Image.Image:
-    """An RGB picture from a file in one of FORMATS: grey, palette, RGBA (alpha dropped), CMYK, 16 bit,
-    EXIF-rotated.
-
-    Args:
-        size: (width, height) that an annotation file states. Where only the unrotated picture has it, the
-            annotator's program ignored the EXIF rotation, and so do we.
-    Raises:
-        InputError: naming the file, if it is absent, truncated, no picture or too large to be one.
-    """
-    if not os.path.isfile(path):  # to open a named pipe would be to wait for ever
-        raise InputError(f"image {path} is missing or no file")
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            if size is not None and upright.size != size and image.size == size:
-                upright = image.copy()
-        if upright.mode.startswith("I"):  # 16-bit grey; pillow's own conversion would clip it to 8 bits
-            upright = Image.fromarray((np.asarray(upright).clip(0, 65535) // 256).astype(np.uint8))
-        return upright.convert("RGB")
-    except Exception as e:  # pillow's decoders raise a dozen kinds of error on damaged files
-        raise InputError(f"image {path} cannot be read ({' '.join(str(e).split())}): replace or "
-                         f"remove it") from None
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture -> (3, H, W) float32, normalised with ImageNet's mean and deviation."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float()
-    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """The inverse of `to_tensor`, to look at what a model sees."""
-    pixels = pixels * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
-    return Image.fromarray(pixels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
-
 
 # ---------------------------------------------------------------------------- transforms (Deformable DETR's)
 # Each takes and returns (PIL image, boxes (n, 4) xyxy in pixels, labels (n,)).
@@ -228,92 +180,16 @@ def micro_batches(samples: list, size: int) -> list:
 
 # ----------------------------------------------------------------------------------------------- COCO format
 
-def load_annotations(path: Path) -> dict:
-    """A COCO-format annotation file, checked: {"images", "annotations", "categories"} with what detection
-    needs and nothing else. Missing areas and crowd flags are filled in. Raises InputError, naming the entry,
-    at the first thing wrong."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            content = json.load(f)
-    except FileNotFoundError:
-        raise InputError(f"annotations {path} are missing") from None
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"annotations {path} are not JSON ({e})") from None
-    except OSError as e:
-        raise InputError(f"annotations {path} cannot be read ({e.strerror})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"annotations {path} are not in COCO format: a {type(content).__name__}, not an "
-                         f"object with images")
-    for key, needed in (("images", ("id", "file_name", "width", "height")), ("categories", ("id", "name")),
-                        ("annotations", ("image_id", "category_id", "bbox"))):
-        if not isinstance(content.get(key), list):
-            raise InputError(f"annotations {path} lack the list {key!r}")
-        for i, entry in enumerate(content[key]):
-            for k in needed:
-                if not isinstance(entry, dict) or k not in entry:
-                    raise InputError(f"annotations {path}: {key}[{i}] lacks the key {k!r}")
-    sizes = {}
-    for image in content["images"]:
-        if not all(type(image[k]) is int and 0 < image[k] < 1e6 for k in ("width", "height")):
-            raise InputError(f"annotations {path}: image {image['id']!r:.60} has no positive integer "
-                             f"width and height")
-        if not is_id(image["id"]) or image["id"] in sizes:
-            raise InputError(f"annotations {path}: image id {image['id']!r:.60} is no integer of its own")
-        sizes[image["id"]] = (image["width"], image["height"])
-    category_ids = [c["id"] for c in content["categories"]]
-    if not category_ids or not all(map(is_id, category_ids)) or len(set(category_ids)) < len(category_ids):
-        raise InputError(f"annotations {path}: category ids must be integers, each its own, and at "
-                         f"least one")
-    categories = [{"id": c["id"], "name": str(c["name"])} for c in content["categories"]]
-    for c in categories:
-        if not c["name"].isprintable():
-            raise InputError(f"annotations {path}: category {c['id']} has the name {c['name']!r:.60}, which "
-                             f"cannot be printed")
-    annotations = [check_annotation(a, i, sizes, set(category_ids), path)
-                   for i, a in enumerate(content["annotations"], 1)]
-    images = [{k: i[k] for k in ("id", "file_name", "width", "height")} for i in content["images"]]
-    return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def is_id(value) -> bool:
-    """Whether a JSON value is an integer that pycocotools, which holds some ids as float64, tells from
-    others."""
-    return type(value) is int and abs(value) < 2 ** 53
-
-
-def is_number(value) -> bool:
-    """Whether a JSON value is a number that a picture's geometry may hold; NaN and infinity are not, nor is
-    true."""
-    return type(value) in (int, float) and abs(value) < 1e9
-
-
-def check_annotation(entry: dict, number: int, sizes: dict, category_ids: set, path: Path) -> dict:
-    where, box = f"annotations {path}: annotation {entry.get('id', number)!r:.60}", entry["bbox"]
-    if not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box))):
-        raise InputError(f"{where} has the box {box!r:.60}: needed are four finite numbers x, y, "
-                         f"width, height")
-    if box[2] < 0 or box[3] < 0:
-        raise InputError(f"{where} has a box of negative size, {box!r:.60}: needed are x, y, width, height")
-    for key, known in (("image_id", sizes), ("category_id", category_ids)):
-        if type(entry[key]) is not int or entry[key] not in known:
-            raise InputError(f"{where} has the {key} {entry[key]!r:.60}, which does not exist")
-    if entry.get("iscrowd", 0) not in (0, 1):
-        raise InputError(f"{where} has iscrowd {entry['iscrowd']!r:.60}: needed is 0 or 1")
-    area = entry.get("area")
-    # Numbered anew from 1: the ids in the file may repeat or be missing, and pycocotools takes id 0 for "no
-    # match".
-    return {"id": number, "image_id": entry["image_id"], "category_id": entry["category_id"], "bbox": box,
-            "area": area if is_number(area) and area >= 0 else box[2] * box[3],
-            "iscrowd": int(entry.get("iscrowd", 0))}
-
-
-def coco_format(image_folder: Path, annotation_file: Path, limit: int | None = None,
+def coco_format(image_folder: Path, annotations: Path | dict, limit: int | None = None,
                 **options) -> DetectionSet:
-    """Any detection set in COCO format. Images without objects stay; crowd regions are left out of the
-    training targets (they remain in `ground_truth`); boxes are clipped to their image, empty ones dropped.
-    No file name may lead out of the image folder, but symbolic links in it may: some are made of links.
-    `limit`: the first N images."""
-    content = load_annotations(annotation_file)
+    """Any detection set in COCO format: an annotation file, or its content as a dict, and the folder of the
+    images; the options are those of `DetectionSet`. Images without objects stay; crowd regions are left out
+    of the training targets (they remain in `ground_truth`); boxes are clipped to their image, empty ones
+    dropped. No file name may lead out of the image folder, but symbolic links in it may: some are made of
+    links. `limit`: the first N images."""
+    where = "given as a dict" if isinstance(annotations, dict) else annotations
+    content = (check_annotations(annotations, where) if isinstance(annotations, dict)
+               else load_annotations(annotations))
     content["images"] = content["images"][:limit]
     boxes_of = {image["id"]: [] for image in content["images"]}
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] in boxes_of]
@@ -327,7 +203,7 @@ def coco_format(image_folder: Path, annotation_file: Path, limit: int | None = N
         source = Path(os.path.normpath(image_folder / str(name)))
         is_name = isinstance(name, str) and name.isprintable() and len(name) < 1000
         if not is_name or not os.path.abspath(source).startswith(inside):
-            raise InputError(f"annotations {annotation_file}: the file name {name!r:.80} leaves "
+            raise InputError(f"annotations {where}: the file name {name!r:.80} leaves "
                              f"{image_folder} or is none")
         rows = np.array(boxes_of[image["id"]], dtype=np.float64).reshape(-1, 5)
         boxes = np.concatenate([rows[:, :2], rows[:, :2] + rows[:, 2:4]], 1)
@@ -335,7 +211,7 @@ def coco_format(image_folder: Path, annotation_file: Path, limit: int | None = N
         keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         records.append(Record(image["id"], source, size, boxes[keep], rows[keep, 4].astype(np.int64)))
     if not records:
-        raise InputError(f"annotations {annotation_file} list no image")
+        raise InputError(f"annotations {where} list no image")
     return DetectionSet(records, content, **options)
 
 
@@ -397,34 +273,6 @@ def shapes_detection(split: str, limit: int | None = None, colours: int = 4, see
 
 
 # -------------------------------------------------------------------------------------------- classification
-
-@dataclass
-class ClassificationTransform:
-    """Picture -> (3, size, size) normalised. `kind`: "deit" (random crop and flip, RandAugment, random
-    erasing), "21k" (squeezed to the size, Cutout, RandAugment), "flip" (flip only) or "none" (the middle, as
-    for evaluation)."""
-    size: int = 224
-    kind: str = "none"
-    erasing: float = 0.25  # probability, of "deit"
-    cutout: float = 0.5    # side, of "21k"
-
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        if self.kind == "deit":
-            image = augment.random_resized_crop(image, self.size, rng)
-        elif self.kind == "21k":
-            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
-        else:
-            # a picture that already has the size (the embedded data) is taken as it is
-            image = augment.centre_crop(image, self.size) if image.size != (self.size,) * 2 else image
-        if self.kind in ("deit", "flip") and rng.random() < 0.5:
-            image = ImageOps.mirror(image)
-        if self.kind == "21k":
-            image = augment.cutout(image, rng, self.cutout)
-        if self.kind in ("deit", "21k"):
-            image = augment.rand_augment(image, rng)
-        pixels = to_tensor(image)
-        return augment.random_erasing(pixels, rng, self.erasing) if self.kind == "deit" else pixels
-
 
 class ClassificationSet(Dataset):
     """Items: (image (3, size, size) float32, label). An index beyond the length is the same picture once

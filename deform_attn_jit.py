@@ -192,7 +192,7 @@ def forced_path() -> str:
 
 
 def arch_of(device: torch.device) -> str:
-    return "cpu" if device.type == "cpu" else "sm_%d%d" % torch.cuda.get_device_capability(device)
+    return "cpu" if device.type == "cpu" else "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 @functools.cache

@@ -1,20 +1,17 @@
-"""What the stages share: flags, devices and processes, schedules, checkpoints, and the folder a run leaves
-behind.
+"""What the stages share: flags, errors, devices and processes, batches, the optimiser's groups and
+schedules, and what to do about numbers going wrong. Checkpoints are in checkpoints.py, a run's folder in
+run_folder.py.
 
 These are helpers that a training loop calls, not a trainer that calls back: the loops stand in pretrain.py
 and finetune.py.
 """
 import argparse
-import contextlib
 import errno
-import json
 import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +19,11 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from deform_attn_jit import forced_path
-from model import VARIANTS, Classifier, Config, Detector, InputError
-from released import (is_released, is_released_pretraining, load_checkpoint, load_released,
-                      load_released_encoder,
-                      released_layout)
-
+from model import VARIANTS, InputError
 
 # ----------------------------------------------------------------------------------------------------- flags
 
@@ -57,6 +51,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--benchmark", type=positive, nargs="?", const=15, metavar="SECONDS",
                         help="instead of training, measure the loader, training, and the parts of its "
                              "steps, each for so many seconds (default: 15)")
+    parser.add_argument("--eval-every", type=positive, default=1, help="epochs between evaluations")
     parser.add_argument("--limit-train", type=positive, help="use the first N training images only")
     parser.add_argument("--out", type=Path, help="folder of this run (default: runs/STAGE-VARIANT-DATA)")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.pt, exactly")
@@ -88,6 +83,11 @@ def add_data_flags(parser: argparse.ArgumentParser, data: str = DETECTION_DATA,
                         help="mixed precision (default: bf16 on GPUs, off on CPUs)")
 
 
+def as_flags(recipe: dict) -> str:
+    """What a recipe changes, for a help text."""
+    return ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in recipe.items())
+
+
 def positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
@@ -113,14 +113,20 @@ def rate(text: str) -> float:
     return value
 
 
-def run_script(main) -> None:
-    """Runs main(). What the user can mend ends in one line and exit code 2 rather than in a traceback."""
+class Terminated(BaseException):
+    """SIGTERM came, and what is to be kept has been written. No Exception: it has to pass through the code
+    that takes any exception of a decoder for a broken file."""
+
+
+def run_script(main: Callable, **options) -> None:
+    """Runs main(**options). What the user can mend ends in one line and exit code 2 rather than in a
+    traceback."""
     def end(code: int, text: str) -> None:
         tqdm.write(text, file=sys.stderr)  # on a line of its own where a progress bar is shown
         sys.exit(code)
     try:
         forced_path()  # a misspelt FPDETR_DEFORM_ATTN shows now rather than in the first forward pass
-        main()
+        main(**options)
     except InputError as e:
         # out of a data loading process it comes with that process's traceback before it
         end(2, f"error: {str(e).splitlines()[-1].rpartition('InputError: ')[2]}")
@@ -299,6 +305,19 @@ class BatchSampler:
         return torch.randperm(self.length, generator=generator)
 
 
+def leave_sigterm_to_the_trainer(_: int) -> None:
+    """For data loading processes: SIGTERM, sent to all processes of a run, must not take away the batches of
+    a step that is to be ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def training_loader(dataset: Dataset, sampler: BatchSampler, collate: Callable, args: argparse.Namespace,
+                    device: torch.device) -> DataLoader:
+    """The batches of `sampler`, loaded by --workers processes; `collate` makes one of a list of items."""
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.workers,
+                      pin_memory=device.type == "cuda", worker_init_fn=leave_sigterm_to_the_trainer)
+
+
 # ----------------------------------------------------------------------------------- optimiser and schedules
 
 def parameter_groups(model: nn.Module, lr: float, multipliers: dict[str, float],
@@ -373,348 +392,3 @@ def stop_at_non_finite(model: nn.Module, parts: list[tuple[list[str], Callable[[
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     raise InputError(f"the loss of step {step + 1} is not finite: the first that is not is {where}, at the "
                      f"images {shown}; try a lower --lr; the last checkpoint is untouched")
-
-
-# ----------------------------------------------------------------------------------------------- checkpoints
-
-def save_checkpoint(path: Path, content: dict) -> None:
-    """Written, by the first process, to a temporary name and renamed, so that a file of this name is always
-    whole."""
-    if rank():
-        return
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as f:
-            torch.save(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        raise InputError(f"cannot write {path} ({reason}): mend it and --resume; an older file is "
-                         f"untouched") from None
-
-
-def describe(model: nn.Module, args: argparse.Namespace, classes: list[str], stage: str) -> dict:
-    """The part of a checkpoint from which a model can be built again."""
-    return {"stage": stage, "config": asdict(model.encoder.config), "layout": args.layout,
-            "classes": classes,
-            "model": model.state_dict(), "args": plain_flags(args)}
-
-
-def plain_flags(args: argparse.Namespace) -> dict:
-    """The flags as a checkpoint holds them: paths as text."""
-    return {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v)
-            for k, v in vars(args).items()}
-
-
-# Flags that may change when a run is resumed, because the result does not depend on them, or because that is
-# their purpose.
-FREE_ON_RESUME = {"resume", "overwrite", "out", "pretrained", "init", "compile", "data_root", "workers",
-                  "device", "micro_batch", "activation_checkpointing", "benchmark", "epochs", "eval_every",
-                  "split", "limit_val"}
-
-
-def load_resumed(args: argparse.Namespace, stage: str, classes: list[str]) -> dict:
-    """The run folder's last.pt, if it was made by the same stage with the same flags on the same classes."""
-    path = args.out / "last.pt"
-    state = load_checkpoint(path)
-    if state.get("stage") != stage or "optimizer" not in state:
-        raise InputError(f"{path} cannot be resumed by this script: it is no last.pt of it")
-    if state["classes"] != classes:
-        raise InputError(f"{path} was trained on {len(state['classes'])} classes, the data have "
-                         f"{len(classes)} "
-                         f"({', '.join(map(str, sorted(set(state['classes']) ^ set(classes))))[:200]} "
-                         f"differ)")
-    now = plain_flags(args)
-    changed = [f"--{k.replace('_', '-')} {v} (now {now.get(k)})" for k, v in state["args"].items()
-               if k not in FREE_ON_RESUME and now.get(k) != v]
-    if changed:
-        raise InputError(f"{path} was trained with {', '.join(changed)}: give the same flags, or "
-                         f"another --out")
-    return state
-
-
-def build_detector(config: Config, layout: str, num_classes: int) -> Detector:
-    detector = Detector(config, num_classes)
-    return released_layout(detector) if layout == "released" else detector
-
-
-def load_detector(path: str | Path) -> tuple[Detector, dict]:
-    """A detector from a checkpoint of ours or of the authors, in eval mode, with {"classes", "layout",
-    "config"}."""
-    content = load_checkpoint(path)
-    if is_released(content):
-        detector = load_released(content)
-        num_classes = detector.class_head.out_features
-        names = (content.get("meta") or {}).get("CLASSES") or [f"class {i}" for i in range(num_classes)]
-        return detector, {"classes": list(names), "layout": "released",
-                          "config": asdict(detector.encoder.config)}
-    if content.get("stage") != "finetune":
-        raise InputError(f"{path} holds no detector: give a checkpoint of finetune.py or a released one")
-    try:
-        detector = build_detector(Config(**content["config"]), content["layout"], len(content["classes"]))
-        detector.load_state_dict(content["model"])
-    except (KeyError, TypeError, RuntimeError) as e:
-        raise InputError(f"{path} is not a whole checkpoint of finetune.py: "
-                         f"{' '.join(str(e).split())[:200]}") from None
-    return detector.eval(), content
-
-
-def variant_of(config: dict) -> str:
-    """The encoder's name: that of its variant, or the sizes that tell a changed one apart."""
-    size_keys = ("dim", "mlp_dim", "heads", "tokenizer_dim", "layers", "entry_layer", "points")
-    sizes = {k: config.get(k) for k in size_keys}
-    names = [n for n, c in VARIANTS.items() if all(asdict(c)[k] == v for k, v in sizes.items())]
-    decoder = " encoder-decoder" if config.get("structure") == "encoder-decoder" else ""
-    return (names[0] if names else str(sizes)) + decoder
-
-
-def load_pretrained(model: Classifier | Detector, layout: str, path: str | Path) -> str:
-    """Copies a checkpoint's weights into a fresh model and returns a line that says what was loaded and what
-    starts fresh. The encoder is loaded strictly. Between the stages that is all; from the same stage also
-    those of the other parts that have the same shapes (another number of classes: all but the class head).
-
-    Raises:
-        InputError: if it is no checkpoint, or its encoder is of another variant or layout.
-    """
-    content = load_checkpoint(path)
-    try:
-        if is_released(content):
-            theirs = load_released(content)
-            content = {"stage": "finetune", "layout": "released", "config": asdict(theirs.encoder.config),
-                       "model": theirs.state_dict()}
-        elif is_released_pretraining(content):
-            config, weights = load_released_encoder(content)
-            content = {"stage": "pretrain", "layout": "released", "config": asdict(config), "model": weights}
-    except RuntimeError as e:  # shapes that do not belong together
-        raise InputError(f"{path} does not fit: {' '.join(str(e).split())[:200]}") from None
-    whole = {"model", "config", "layout", "stage"} <= content.keys()
-    if not whole or not all(isinstance(content[k], dict) for k in ("model", "config")):
-        raise InputError(f"{path} is neither a checkpoint of this project nor one of the authors'")
-    theirs, ours = variant_of(content["config"]), variant_of(asdict(model.encoder.config))
-    if (theirs, content["layout"]) != (ours, layout):
-        raise InputError(f"{path} holds the variant {theirs} in the {content['layout']} layout, not {ours} "
-                         f"in the {layout} layout: change --variant, --structure or --layout")
-    loaded, fresh, stage = [], [], "finetune" if isinstance(model, Detector) else "pretrain"
-    for name, part in model.named_children():
-        state = {k.removeprefix(name + "."): v for k, v in content["model"].items()
-                 if k.startswith(name + ".")}
-        fits = {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in part.state_dict().items()}
-        if name == "encoder" or content["stage"] == stage and fits:
-            try:
-                part.load_state_dict(state)
-            except RuntimeError as e:
-                raise InputError(f"{path} does not fit: {' '.join(str(e).split())[:200]}") from None
-            loaded.append(name)
-        else:
-            fresh.append(name)
-    return f"loaded from {path}: {', '.join(loaded)}; starting fresh: {', '.join(fresh) or 'nothing'}"
-
-
-def origin_of(pretrained: str | None) -> dict:
-    """What Table 7 tells of a run's pre-training: how many class tokens, and their top-1 accuracy."""
-    content = load_checkpoint(pretrained) if pretrained else {}
-    config, scores = content.get("config"), content.get("scores")
-    return {"class_tokens": config.get("class_tokens", 1) if isinstance(config, dict) else 1,
-            "top1": scores.get("top1") if isinstance(scores, dict) else None}
-
-
-def summary(model: nn.Module, args: argparse.Namespace, measured: dict) -> dict:
-    """The content of a run's metrics.json: what was trained, how, and what came out."""
-    flags = {k: plain_flags(args).get(k) for k in ("variant", "structure", "adaptor", "adaptor_per_layer",
-                                                   "layout", "epochs", "seed", "pretrained")}
-    return {**flags, "parameters": sum(p.numel() for p in model.parameters()), **measured}
-
-
-def load_weights(model: Classifier | Detector, args: argparse.Namespace, stage: str, classes: list[str],
-                 pretrained: str | None) -> dict | None:
-    """A fresh model's weights: of the run to be resumed, whose last.pt is returned, or of `pretrained`,
-    or neither. InputError as in `load_resumed` and `load_pretrained`."""
-    if args.resume:
-        state = load_resumed(args, stage, classes)
-        model.load_state_dict(state["model"])
-        return state
-    if pretrained:
-        message = load_pretrained(model, args.layout, pretrained)
-        if not rank():
-            print(message)
-    return None
-
-
-# ------------------------------------------------------------------------------------------ the run's folder
-
-class Terminated(BaseException):
-    """SIGTERM came, and what is to be kept has been written. No Exception: it has to pass through the code
-    that takes any exception of a decoder for a broken file."""
-
-
-class Run:
-    """A run's folder: args.json, log.jsonl, curves.png, last.pt, best.pt, metrics.json and what the stage
-    adds. Also what ends a run before its time: SIGTERM, as clusters send it before they take a machine back.
-    """
-    save_every = 600  # seconds between checkpoints inside an epoch
-
-    @staticmethod
-    def folder_of(args: argparse.Namespace, stage: str) -> Path:
-        named = ("shapes", "shapes-hard", "coco", "cityscapes", "imagenet", "imagenet21k")
-        data = args.data if args.data in named else Path(args.data).resolve().name
-        return args.out or Path("runs") / f"{stage}-{args.variant}-{data}"
-
-    def __init__(self, args: argparse.Namespace, stage: str):
-        self.folder = self.folder_of(args, stage)
-        self.last = self.folder / "last.pt"
-        self.started = self.saved = time.time()
-        begun = (self.folder / "args.json").exists()
-        if begun and not (args.resume or args.overwrite):
-            raise InputError(f"{self.folder} already holds a run: --resume goes on with it, --overwrite "
-                             f"replaces it, --out names another folder")
-        if args.resume and not self.last.exists():
-            if not begun:
-                raise InputError(f"nothing to resume: {self.last} is missing")
-            args.resume = False  # killed before its first checkpoint: there is nothing that could be lost
-            args.overwrite = True
-        self.terminated, self.may_stop = False, True
-        signal.signal(signal.SIGTERM, self.on_sigterm)
-
-    def on_sigterm(self, *_) -> None:
-        self.terminated = True
-        if self.may_stop:
-            self.stop()
-
-    def stop(self) -> None:
-        raise Terminated(f"stopped by SIGTERM; the same command with --resume goes on from {self.last} (one "
-                         f"with --seeds goes on by itself)" if self.last.exists() else
-                         "stopped by SIGTERM before the first checkpoint: start it again")
-
-    @contextlib.contextmanager
-    def interruptible(self):
-        """Around what takes long and changes nothing: SIGTERM ends it at once. (Else it waits for the end of
-        a step, see `after_step`.)"""
-        self.may_stop = True
-        if self.terminated:
-            self.stop()
-        yield
-        self.may_stop = False
-
-    def after_step(self, save: Callable[[], None]) -> None:
-        """To be called after each step: saves every ten minutes, and at SIGTERM, which ends the run in all
-        processes after the same step."""
-        stop = any_process(self.terminated)
-        if stop or self.seconds_since_save() > self.save_every:
-            save()
-        if stop:
-            self.stop()
-
-    def open(self, args: argparse.Namespace) -> None:
-        """Creates the folder. Called only when the input has been found good, so that bad input leaves
-        nothing behind."""
-        self.may_stop = False
-        if rank():
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not args.resume:
-                for name in ("log.jsonl", "last.pt", "best.pt", "metrics.json", "curves.png",
-                             "detections.png", "predictions.png"):
-                    (self.folder / name).unlink(missing_ok=True)
-            (self.folder / "args.json").write_text(json.dumps(vars(args), indent=1, default=str))
-        except OSError as e:
-            raise InputError(f"cannot write into {self.folder}: {e.strerror}") from None
-
-    def save(self, content: dict) -> None:
-        """Writes last.pt, from which --resume goes on. Raises InputError, and leaves the older one, if a
-        weight is not finite."""
-        if not torch.stack([w.isfinite().all() for w in content["model"].values()]).all():
-            raise InputError(f"the weights are not finite after step {content['step']}: try a lower --lr; "
-                             f"the last checkpoint is untouched")
-        save_checkpoint(self.last, content)
-        self.saved = time.time()
-
-    def seconds_since_save(self) -> float:
-        return time.time() - self.saved
-
-    def minutes(self) -> str:
-        return f"after {(time.time() - self.started) / 60:.1f} minutes"
-
-    def read_log(self) -> list[dict]:
-        """The log's entries; a last line that was cut off by a kill is left out."""
-        path, entries = self.folder / "log.jsonl", []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                entries.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return entries
-
-    def rewind(self, epoch: int, step: int) -> None:
-        """Forgets what was logged after `step`, and the evaluations of epochs after `epoch`: a resumed run
-        will log them again."""
-        if not rank():
-            temporary = self.folder / "log.tmp"
-            temporary.write_text("".join(json.dumps(e) + "\n" for e in self.read_log() if e["step"] <= step
-                                         and ("loss" in e or e["epoch"] <= epoch)))
-            temporary.replace(self.folder / "log.jsonl")
-
-    def log(self, **entry) -> None:
-        if not rank():
-            with open(self.folder / "log.jsonl", "a") as f:
-                entry = {**entry, "seconds": time.time() - self.started}
-                f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in entry.items()})
-                        + "\n")
-
-    def curves(self, scores: tuple[str, ...]) -> None:
-        """Draws the log: losses on the left, the validation scores that are named on the right."""
-        if rank():
-            return
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        log = self.read_log()
-        losses, evaluations = [e for e in log if "loss" in e], [e for e in log if scores[0] in e]
-        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-        for key in [k for k in (losses[0] if losses else {}) if k.startswith("loss")]:
-            left.plot([e["step"] for e in losses], [e[key] for e in losses], label=key, lw=2 if key == "loss"
-                      else 1)
-        left.set(xlabel="step", yscale="log", title="training loss")
-        for key in scores:
-            right.plot([e["step"] for e in evaluations], [e[key] for e in evaluations], "o-", ms=3,
-                       label=key)
-        right.set(xlabel="step", ylim=(0, 1), title="validation")
-        for axis in (left, right):
-            axis.grid(alpha=0.3)
-            if axis.lines:
-                axis.legend()
-        figure.tight_layout()
-        figure.savefig(self.folder / "curves.png", dpi=90)
-        plt.close(figure)
-
-
-def leave_sigterm_to_the_trainer(_: int) -> None:
-    """For data loading processes: SIGTERM, sent to all processes of a run, must not take away the batches of
-    a step that is to be ended."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-class Mean:
-    """Means of tensors that stay on their device until they are asked for, so that no step waits for the
-    GPU."""
-
-    def __init__(self):
-        self.sums, self.count = {}, 0
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        for k, v in values.items():
-            self.sums[k] = self.sums.get(k, 0) + v.detach()
-        self.count += 1
-
-    def take(self) -> dict[str, float]:
-        """The means over the steps, summed over the processes (whose losses are shares of the total
-        batch's), and a fresh start."""
-        sums = torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in self.sums.values()])
-        if world_size() > 1:
-            dist.all_reduce(sums)
-        means = dict(zip(self.sums, (sums / self.count).tolist()))
-        self.__init__()
-        return means

@@ -16,6 +16,7 @@ import copy
 import json
 import resource
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -23,14 +24,18 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import checkpoints
 import engine
+from coco import is_number
 from corruptions import NAMES, corrupt_seeded
-from data import DetectionSet, detection_set, is_number, read_image, to_tensor
+from data import DetectionSet, detection_set
 from hf import load_hugging_face
+from images import read_image, to_tensor
 from inference import METRICS, Scorer, best_boxes, coco_metrics, detect, detect_image, resize_to_test
-from model import InputError, pad_to_multiple
+from model import Detector, InputError, pad_to_multiple
 from pictures import Watch, attention_picture, corruption_chart, draw, grid, picture_results
-from tables import HEADERS, PAPER, corruption_row, markdown, paper_table, read_json, write_json
+from report import markdown, read_json, write_json
+from tables import HEADERS, PAPER, corruption_row, paper_table
 
 FIGURE_CORRUPTIONS = ("gaussian_noise", "motion_blur", "snow", "contrast", "jpeg_compression")
 
@@ -256,21 +261,23 @@ def read_results(path: str, dataset: DetectionSet) -> list[dict]:
     return results
 
 
-def main() -> None:
+def main(detector: type[Detector] = Detector,
+         read_data: Callable[..., DetectionSet] = detection_set) -> None:
+    """The command. A fork gives its own class of detectors, or what reads its own data, in place of ours."""
     args = parse()
     if args.table:
         print(paper_table(args.table, args.checkpoint))
         return
     device = engine.setup(args)
-    model, info = engine.load_detector(args.checkpoint) if args.checkpoint else (None, {})
+    model, info = checkpoints.load_detector(args.checkpoint, detector) if args.checkpoint else (None, {})
     trained = info.get("args", {})
     args.image_size = args.image_size or trained.get("image_size", 800)
     if args.images:
         model = model or load_hugging_face(args.model[3:])
         return draw_files(model.to(device), info.get("classes") or model.classes, args, device)
-    dataset = detection_set(args.data or trained.get("data", "coco"), args.split,
-                            args.data_root or trained.get("data_root"), args.limit_val, args.image_size,
-                            cache=args.out)
+    dataset = read_data(args.data or trained.get("data", "coco"), args.split,
+                        args.data_root or trained.get("data_root"), args.limit_val, args.image_size,
+                        cache=args.out)
     if args.predictions:
         results = read_results(args.predictions, dataset)
     elif args.model:
@@ -285,7 +292,7 @@ def main() -> None:
     make_folder(args.out)
     if args.figure:
         return draw_figure(model, dataset, args, device)
-    variant = engine.variant_of(info["config"]) if info else ""
+    variant = checkpoints.variant_of(info["config"]) if info else ""
     paper = f"FP-DETR-{variant.capitalize()}"
     if dataset.name not in ("coco val", "cityscapes val") or args.limit_val or paper not in PAPER[2]:
         paper = None

@@ -17,19 +17,20 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import checkpoints
 import engine
+import run_folder
 from benchmark import benchmark
 from data import DetectionSet, detection_set, micro_batches
 from inference import METRICS, coco_metrics, detect
-from model import VARIANTS, InputError
+from model import VARIANTS, Detector, InputError
 from pictures import picture_results
+from report import markdown, mean_and_deviation, write_json
 from shapes import COLOURS
-from tables import markdown, mean_and_deviation, write_json
 
 CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 2.0, 5.0, 2.0  # of the losses and, the same, of the matching costs
 FOCAL_ALPHA = 0.25  # and gamma 2, written out as squares below
@@ -66,6 +67,7 @@ def match(pred_logits: Tensor, pred_boxes: Tensor, targets: list[dict]) -> list[
     Returns:
         per image (query indices, target indices), int64 on the CPU, min(Q, n) each; queries ascending.
     """
+    from scipy.optimize import linear_sum_assignment  # here, so that --help need not wait for it
     counts = [len(t["labels"]) for t in targets]
     labels = torch.nn.utils.rnn.pad_sequence([t["labels"] for t in targets], batch_first=True)  # (B, n_max)
     boxes = torch.nn.utils.rnn.pad_sequence([t["boxes"] for t in targets], batch_first=True)  # (B, n_max, 4)
@@ -145,8 +147,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="The defaults are the paper's. With --data cityscapes they are instead: --batch-size 8, --lr "
-        "2e-4 for lite. With --data shapes or shapes-hard: "
-        + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in SHAPES_RECIPE.items()))
+        f"2e-4 for lite. With --data shapes or shapes-hard: {engine.as_flags(SHAPES_RECIPE)}")
     engine.add_run_flags(parser)
     engine.add_data_flags(parser)
     parser.add_argument("--pretrained",
@@ -173,7 +174,6 @@ def parse() -> argparse.Namespace:
                              "points (Deformable DETR)")
     parser.add_argument("--clip", type=engine.rate, default=0.1,
                         help="largest L2 norm of the gradient (released code)")
-    parser.add_argument("--eval-every", type=engine.positive, default=1, help="epochs between evaluations")
     parser.add_argument("--seeds", type=engine.positive, default=1,
                         help="train with this many seeds, from --seed on, one after another; finished ones "
                              "are collected, unfinished ones resumed. Prints mean and deviation as Table 5 "
@@ -252,19 +252,20 @@ def evaluate_epoch(model, dataset: DetectionSet, args: argparse.Namespace, devic
     return metrics
 
 
-def prepare(args: argparse.Namespace, device: torch.device):
+def prepare(args: argparse.Namespace, device: torch.device, detector: type[Detector],
+            read_data: Callable[..., DetectionSet]):
     """Everything that can fail on bad input, before anything is written: data, model, weights."""
     root = dict(root=args.data_root, image_size=args.image_size, seed=args.seed, cache=args.out)
-    train = detection_set(args.data, "train", limit=args.limit_train, augment=args.augment, **root)
-    val = detection_set(args.data, args.split, limit=args.limit_val, **root)
+    train = read_data(args.data, "train", limit=args.limit_train, augment=args.augment, **root)
+    val = read_data(args.data, args.split, limit=args.limit_val, **root)
     if train.classes != val.classes:
         raise InputError(f"{train.name} and {val.name} have different categories: "
                          f"{sorted(set(train.classes) ^ set(val.classes)) or 'in another order'}")
     config = replace(VARIANTS[args.variant], dropout=args.dropout, structure=args.structure,
                      adaptor=args.adaptor, adaptor_per_layer=args.adaptor_per_layer,
                      queries=VARIANTS[args.variant].queries if args.queries is None else args.queries)
-    model = engine.build_detector(config, args.layout, len(train.classes))
-    state = engine.load_weights(model, args, "finetune", train.classes, args.pretrained)
+    model = checkpoints.build(detector, config, args.layout, len(train.classes))
+    state = checkpoints.load_weights(model, args, "finetune", train.classes, args.pretrained)
     engine.check_images(train, val)
     model.to(device)
     model.encoder.checkpointing = args.activation_checkpointing
@@ -276,7 +277,7 @@ def train_epoch(model, optimizer, loader: DataLoader, step: int, args, device, r
     """The rest of an epoch, from the steps taken since the start of the run to those after it; logs every
     tenth."""
     model.train()
-    sampler, steps, meters = loader.batch_sampler, len(loader), engine.Mean()
+    sampler, steps, meters = loader.batch_sampler, len(loader), run_folder.Mean()
     sampler.skip = step - sampler.epoch * steps
     for batch in loader:
         engine.seed_step(args.seed, step)
@@ -311,17 +312,17 @@ def images_seen(step: int, steps: int, args, length: int) -> int:
     return step // steps * length + min(step % steps * args.batch_size, length)
 
 
-def train(args: argparse.Namespace, device: torch.device) -> dict:
+def train(args: argparse.Namespace, device: torch.device, detector: type[Detector],
+          read_data: Callable[..., DetectionSet]) -> dict:
     """One run, to its end. Returns what it leaves in metrics.json."""
     torch.manual_seed(args.seed)
-    run = engine.Run(args, "finetune")
+    run = run_folder.Run(args, "finetune")
     args.out = run.folder
-    train, val, model, state = prepare(args, device)
+    train, val, model, state = prepare(args, device, detector, read_data)
     optimizer = optimizer_of(model, args)
     sampler = engine.BatchSampler(len(train), args.batch_size, args.seed)
-    loader = DataLoader(train, batch_sampler=sampler, num_workers=args.workers,
-                        pin_memory=device.type == "cuda", worker_init_fn=engine.leave_sigterm_to_the_trainer,
-                        collate_fn=partial(micro_batches, size=args.micro_batch))
+    loader = engine.training_loader(train, sampler, partial(micro_batches, size=args.micro_batch), args,
+                                    device)
     if args.benchmark:
         model.train()
         print(benchmark(lambda batch, mark: train_step(model, optimizer, batch, args, device, mark), loader,
@@ -333,34 +334,35 @@ def train(args: argparse.Namespace, device: torch.device) -> dict:
         optimizer.load_state_dict(state["optimizer"])
         start, step, best, metrics = (state[k] for k in ("epoch", "step", "best", "metrics"))
         run.rewind(start, step)
-    origin = state["origin"] if state else engine.origin_of(args.pretrained)
+    origin = state["origin"] if state else checkpoints.origin_of(args.pretrained)
 
     def save(epoch: int, step: int) -> None:
         """`epoch`: how many are finished, the evaluation included; `step`: how many steps."""
-        run.save({**engine.describe(model, args, train.classes, "finetune"), "origin": origin, "best": best,
-                  "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step, "metrics": metrics})
+        run.save({**checkpoints.describe(model, args, train.classes, "finetune"), "origin": origin,
+                  "best": best, "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step,
+                  "metrics": metrics})
 
-    bar = tqdm(total=args.epochs * len(train), initial=images_seen(step, len(sampler), args, len(train)),
-               unit="img", disable=engine.rank() > 0,
-               desc=f"fine-tuning {args.variant} on {train.name}", smoothing=0.05, mininterval=1)
+    bar = run_folder.progress_bar(f"fine-tuning {args.variant} on {train.name}", args.epochs * len(train),
+                                  images_seen(step, len(sampler), args, len(train)))
     for epoch in range(start, args.epochs):
         sampler.epoch = train.epoch = epoch
         step = train_epoch(model, optimizer, loader, step, args, device, run, save, bar)
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             save(epoch, step)  # the evaluation may be interrupted
             metrics = evaluate_epoch(model, val, args, device, run)
-            run.log(epoch=epoch + 1, step=step, **metrics)
-            run.curves(("AP", "AP50"))
-            scores = ", ".join(f"{k} {100 * v:.1f}" for k, v in metrics.items() if v >= 0)
-            if not engine.rank():
-                bar.write(f"epoch {epoch + 1}: {scores}")
+            run.evaluated(bar, epoch + 1, step, metrics, ("AP", "AP50"))
             if metrics["AP"] > best:
                 best = metrics["AP"]
-                engine.save_checkpoint(run.folder / "best.pt",
-                                       engine.describe(model, args, train.classes, "finetune"))
+                checkpoints.save_checkpoint(
+                    run.folder / "best.pt", checkpoints.describe(model, args, train.classes, "finetune"))
             save(epoch + 1, step)
     bar.close()
-    summary = engine.summary(model, args, {"data": val.name, "images": len(val), **origin, **metrics})
+    return finish(model, val, origin, metrics, args, run)
+
+
+def finish(model, val: DetectionSet, origin: dict, metrics: dict, args: argparse.Namespace, run) -> dict:
+    """Writes metrics.json, whose content it returns, and prints the scores."""
+    summary = run_folder.summary(model, args, {"data": val.name, "images": len(val), **origin, **metrics})
     if not engine.rank():
         write_json(run.folder / "metrics.json", summary)
         row = [("this model", tuple(100 * metrics[m] for m in METRICS))]
@@ -369,21 +371,23 @@ def train(args: argparse.Namespace, device: torch.device) -> dict:
     return summary
 
 
-def main() -> None:
+def main(detector: type[Detector] = Detector,
+         read_data: Callable[..., DetectionSet] = detection_set) -> None:
+    """The command. A fork gives its own class of detectors, or what reads its own data, in place of ours."""
     args = parse()
     device = engine.setup(args)
     if args.benchmark:
         engine.prepare_benchmark(args)
     if args.seeds == 1 or args.benchmark:
-        train(args, device)
+        train(args, device, detector, read_data)
         return
-    folder, runs = engine.Run.folder_of(args, "finetune"), []
+    folder, runs = run_folder.Run.folder_of(args, "finetune"), []
     for seed in range(args.seed, args.seed + args.seeds):
         out = folder / f"seed-{seed}"
         resume = (out / "last.pt").exists() and not args.overwrite
         # a folder without a checkpoint holds nothing that could be lost
         one = {"seed": seed, "seeds": 1, "out": out, "resume": resume, "overwrite": not resume}
-        runs.append(train(argparse.Namespace(**{**vars(args), **one}), device))
+        runs.append(train(argparse.Namespace(**{**vars(args), **one}), device, detector, read_data))
     if not engine.rank():
         row = tuple(mean_and_deviation([r[m] for r in runs]) for m in METRICS)
         print(f"{runs[0]['data']}, {args.seeds} seeds, AP in percent, mean and deviation\n"

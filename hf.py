@@ -19,7 +19,7 @@ import engine
 import finetune
 from inference import best_boxes
 from model import VARIANTS, Detector, InputError
-from tables import markdown
+from report import markdown
 
 # These have a sigmoid per class, as FP-DETR has; all others a softmax with "no object" as the last class.
 SIGMOID = ("conditional_detr", "deformable_detr")

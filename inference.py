@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import engine
-from data import DetectionSet, Transform, pad_batch, to_tensor
+from data import DetectionSet, Transform, pad_batch
+from images import to_tensor
 from model import InputError
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")

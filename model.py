@@ -140,7 +140,7 @@ class ExtraTokens:
     """The class tokens or the object queries of a batch, E of them."""
     content: Tensor     # (B, E, D)
     positions: Tensor   # (B, E, D), the visual prompts
-    references: Tensor  # (B, E, 2) as (x, y) in [0, 1] of the unpadded image; or (B, E, 4), see `Detector.boxes`
+    references: Tensor  # (B, E, 2) as (x, y) in [0, 1] of the unpadded image; see `Detector.boxes` for more
 
 
 class ExtraTokenEmbedding(nn.Module):

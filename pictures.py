@@ -1,5 +1,5 @@
-"""Pictures: detections on images, sheets of them (Figure 3), where the queries look, and the bar chart of
-COCO-C.
+"""Pictures: detections on images, sheets of them (Figure 3), classified images, where the queries look, and
+the bar chart of COCO-C.
 
 Nothing here detects: evaluate.py does, and hands over what it found as {"scores" (n,), "labels" (n,),
 "boxes" (n, 4) xyxy in pixels}.
@@ -11,8 +11,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from data import DetectionSet
+from data import ClassificationSet, DetectionSet
 from deform_attn import MSDeformAttn, materialised
+from images import to_image
 
 STRIDE_COLOURS = ("#ffd22e", "#ff7f2a", "#e8384f", "#8a4fff")  # of the samples at strides 8, 16, 32, 64
 
@@ -72,6 +73,25 @@ def picture_results(dataset: DetectionSet, results: list[dict], count: int = 8) 
                  "labels": torch.tensor([label_of[r["category_id"]] for r in mine], dtype=torch.int64)}
         pictures.append(draw(record.image(), found, dataset.classes))
     return grid(pictures)
+
+
+@torch.no_grad()
+def picture_predictions(model: torch.nn.Module, dataset: ClassificationSet, device: torch.device,
+                        count: int = 16) -> Image.Image:
+    """A sheet of pictures from all over the set, each with its best class and that class's probability, a
+    wrong one in red with the right one."""
+    pictures = []
+    for i in range(0, len(dataset), max(1, len(dataset) // count))[:count]:
+        pixels, label = dataset[i]
+        p, best = model(pixels[None].to(device)).softmax(-1)[0].max(0)
+        names, right = dataset.classes, best.item() == label
+        text = f"{names[best]} {p:.2f}" + ("" if right else f", not {names[label]}")
+        picture = to_image(pixels).resize((256, 256), Image.Resampling.BICUBIC)
+        ImageDraw.Draw(picture).rectangle((0, 232, 256, 256), fill="black")
+        ImageDraw.Draw(picture).text((6, 236), text[:40], fill="white" if right else "tomato",
+                                     font=ImageFont.load_default(14))
+        pictures.append(picture)
+    return grid(pictures, cell=264)
 
 
 # ------------------------------------------------------------------------------ where the queries look (3.3)

@@ -21,22 +21,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
+import checkpoints
 import engine
-from augment import mix, smooth_targets
+import run_folder
+from augment import ClassificationTransform, mix, smooth_targets
 from benchmark import benchmark
-from data import ClassificationSet, ClassificationTransform, classification_set, to_image
+from data import ClassificationSet, classification_set
+from linear_baseline import linear_baseline
 from model import VARIANTS, Classifier, InputError
-from pictures import grid
-from released import released_layout
+from pictures import picture_predictions
+from report import write_json
 from semantic import Tree, build_tree, load_tree, semantic_accuracy, semantic_softmax_loss
 from shapes import COLOURS
-from tables import write_json
-
 
 # ---------------------------------------------------------------------------------------------------- recipe
 
@@ -54,12 +54,11 @@ SHAPES_RECIPE = dict(epochs=4, batch_size=32, micro_batch=32, lr=1e-3, schedule=
 
 
 def parse() -> argparse.Namespace:
-    def listed(recipe):
-        return ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in recipe.items())
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"The defaults are the paper's for ImageNet-1k. With --data imagenet21k they are instead: "
-        f"{listed(RECIPE_21K)}. With --data shapes or shapes-hard: {listed(SHAPES_RECIPE)}")
+        f"{engine.as_flags(RECIPE_21K)}. With --data shapes or shapes-hard: "
+        f"{engine.as_flags(SHAPES_RECIPE)}")
     engine.add_run_flags(parser)
     engine.add_data_flags(parser, "shapes or shapes-hard (generated), imagenet, imagenet21k, or any "
                                   "folder with train/ and val/, each with a folder of images per class",
@@ -89,7 +88,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--min-lr", type=engine.rate, default=1e-5, help="where cosine ends")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model: slower start, "
                                                                "faster steps")
-    parser.add_argument("--eval-every", type=engine.positive, default=1, help="epochs between evaluations")
     parser.add_argument("--linear-baseline", action="store_true",
                         help="instead of training: top-1 of a linear classifier on the raw pixels")
     tools = parser.add_argument_group("making the tree, instead of training")
@@ -104,6 +102,12 @@ def parse() -> argparse.Namespace:
     recipes = {**dict.fromkeys(COLOURS, SHAPES_RECIPE), "imagenet21k": RECIPE_21K}
     parser.set_defaults(**recipes.get(known.data, {}))
     args = parser.parse_args()
+    check_flags(parser, args)
+    return args
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program, as argparse does, where flags do not fit together."""
     if args.image_size < 64:
         parser.error("--image-size must be 64 or more: the coarsest tokens are 64 pixels wide")
     if args.build_tree and not (args.is_a and args.classes):
@@ -112,7 +116,6 @@ def parse() -> argparse.Namespace:
         parser.error("--data imagenet21k needs --tree: make one with --build-tree (A.3 trains with it)")
     if args.tree and (args.mixup or args.cutmix):
         parser.error("--tree needs --mixup 0 --cutmix 0: the semantic softmax has one label per image")
-    return args
 
 
 def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int) -> float:
@@ -228,35 +231,23 @@ def evaluate(model: Classifier, dataset: ClassificationSet, tree: Tree | None, a
     return {**scores, "semantic_top1": right / max(asked, 1)} if tree else scores
 
 
-@torch.no_grad()
-def picture_predictions(model: Classifier, dataset: ClassificationSet, device: torch.device,
-                        count: int = 16) -> Image.Image:
-    """A sheet of pictures from all over the set, each with its best class and that class's probability, a
-    wrong one in red with the right one."""
-    pictures = []
-    for i in range(0, len(dataset), max(1, len(dataset) // count))[:count]:
-        pixels, label = dataset[i]
-        p, best = model(pixels[None].to(device)).softmax(-1)[0].max(0)
-        names, right = dataset.classes, best.item() == label
-        text = f"{names[best]} {p:.2f}" + ("" if right else f", not {names[label]}")
-        picture = to_image(pixels).resize((256, 256), Image.Resampling.BICUBIC)
-        ImageDraw.Draw(picture).rectangle((0, 232, 256, 256), fill="black")
-        ImageDraw.Draw(picture).text((6, 236), text[:40], fill="white" if right else "tomato",
-                                     font=ImageFont.load_default(14))
-        pictures.append(picture)
-    return grid(pictures, cell=264)
-
-
-def prepare(args: argparse.Namespace, device: torch.device):
-    """Everything that can fail on bad input, before anything is written: data, tree, model, weights."""
+def read_sets(args: argparse.Namespace, read_data: Callable) -> tuple[ClassificationSet, ClassificationSet]:
+    """The training and the validation set. InputError if they have not the same classes."""
     def read(split: str, kind: str, limit: int | None) -> ClassificationSet:
         transform = ClassificationTransform(args.image_size, kind, args.erasing)
-        return classification_set(args.data, split, transform, args.data_root, limit, args.seed)
+        return read_data(args.data, split, transform, args.data_root, limit, args.seed)
     train = read("train", args.augment, args.limit_train)
     val = read(args.split, "none", args.limit_val)
     if train.classes != val.classes:
         raise InputError(f"{train.name} and {val.name} have different class folders: "
                          f"{', '.join(sorted(set(train.classes) ^ set(val.classes)))[:200]}")
+    return train, val
+
+
+def prepare(args: argparse.Namespace, device: torch.device, classifier: type[Classifier],
+            read_data: Callable[..., ClassificationSet]):
+    """Everything that can fail on bad input, before anything is written: data, tree, model, weights."""
+    train, val = read_sets(args, read_data)
     tree = load_tree(args.tree).to(device) if args.tree else None
     if tree and len(tree.targets) != len(train.classes):
         raise InputError(f"tree {args.tree} has {len(tree.targets)} classes, {train.name} has "
@@ -267,10 +258,8 @@ def prepare(args: argparse.Namespace, device: torch.device):
                          f"tree from the list of just these classes")
     config = replace(VARIANTS[args.variant], drop_path=args.drop_path, structure=args.structure,
                      class_tokens=args.class_tokens, adaptor="none")  # which only detection has
-    model = Classifier(config, len(train.classes))
-    if args.layout == "released":
-        model = released_layout(model)
-    state = engine.load_weights(model, args, "pretrain", train.classes, args.init)
+    model = checkpoints.build(classifier, config, args.layout, len(train.classes))
+    state = checkpoints.load_weights(model, args, "pretrain", train.classes, args.init)
     engine.check_images(train, val)
     model.to(device)
     model.encoder.checkpointing = args.activation_checkpointing
@@ -283,7 +272,7 @@ def train_epoch(model, optimizer, loader: DataLoader, train: ClassificationSet, 
     """The rest of an epoch, from the steps taken since the start of the run to those after it; logs every
     tenth."""
     model.train()
-    sampler, steps, meters = loader.batch_sampler, len(loader), engine.Mean()
+    sampler, steps, meters = loader.batch_sampler, len(loader), run_folder.Mean()
     sampler.skip = step - sampler.epoch * steps
     for images, labels in loader:
         engine.seed_step(args.seed, step)
@@ -322,59 +311,16 @@ def explain_non_finite(model, images: Tensor, indices: list[int], train: Classif
                                       for i in range(0, len(names), args.micro_batch)], args, step)
 
 
-def linear_baseline(train: ClassificationSet, val: ClassificationSet) -> str:
-    """What pixels alone tell: softmax regression on the middle of every image, its L2 penalty the one of
-    four that is best on a fifth of the training images."""
-    def pixels(dataset: ClassificationSet) -> tuple[Tensor, Tensor]:
-        dataset.transform = replace(dataset.transform, kind="none")
-        images, labels = default_collate([dataset[i] for i in range(len(dataset))])
-        return images.flatten(1), labels
-
-    def fit(x: Tensor, y: Tensor, penalty: float) -> torch.nn.Linear:
-        linear = torch.nn.Linear(x.shape[1], len(train.classes))
-        torch.nn.init.zeros_(linear.weight)
-        optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            value = torch.nn.functional.cross_entropy(linear(x), y) + penalty * linear.weight.square().sum()
-            value.backward()
-            return value
-        optimizer.step(loss)
-        return linear
-
-    def top1(linear: torch.nn.Linear, x: Tensor, y: Tensor) -> float:
-        return (linear(x).argmax(-1) == y).float().mean().item()
-    (x, y), (x_val, y_val) = pixels(train), pixels(val)
-    held_out = torch.arange(len(x)) % 5 == 0
-    best = max((1e-3, 1e-2, 1e-1, 1.0), key=lambda penalty: top1(
-        fit(x[~held_out], y[~held_out], penalty), x[held_out], y[held_out]))
-    score = top1(fit(x, y, best), x_val, y_val)
-    return (f"{val.name}, {len(val)} images: top1 {100 * score:.1f} % of a linear classifier on "
-            f"{x.shape[1]} pixel values (penalty {best:g}); chance: {100 / len(train.classes):.1f} %")
-
-
-def main() -> None:
-    args = parse()
-    if args.build_tree:
-        print(build_tree(args.is_a, args.classes, args.build_tree))
-        return
-    device = engine.setup(args)
-    if args.benchmark or args.linear_baseline:
-        engine.prepare_benchmark(args)
-    run = engine.Run(args, "pretrain")
+def train(args: argparse.Namespace, device: torch.device, classifier: type[Classifier],
+          read_data: Callable[..., ClassificationSet]) -> None:
+    """One run, to its end; or, with --benchmark, a few steps."""
+    run = run_folder.Run(args, "pretrain")
     args.out = run.folder
-    train, val, tree, model, state = prepare(args, device)
-    if args.linear_baseline:
-        print(linear_baseline(train, val))
-        return
-    optimizer = torch.optim.AdamW(engine.parameter_groups(model, args.lr, {}, decay_vectors=False),
-                                  lr=args.lr,
-                                  betas=(0.9, 0.999), weight_decay=args.weight_decay)
+    train, val, tree, model, state = prepare(args, device, classifier, read_data)
+    groups = engine.parameter_groups(model, args.lr, {}, decay_vectors=False)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
     sampler = RepeatedSampler(len(train), args.batch_size, args.seed, args.repeats)
-    loader = DataLoader(train, batch_sampler=sampler, num_workers=args.workers, collate_fn=collate,
-                        worker_init_fn=engine.leave_sigterm_to_the_trainer,
-                        pin_memory=device.type == "cuda")
+    loader = engine.training_loader(train, sampler, collate, args, device)
     forward = torch.compile(model) if args.compile else model
     if args.benchmark:
         model.train()
@@ -391,13 +337,12 @@ def main() -> None:
 
     def save(epoch: int, step: int) -> None:
         """`epoch`: how many are finished, the evaluation included; `step`: how many steps."""
-        run.save({**engine.describe(model, args, train.classes, "pretrain"), "best": best, "scores": scores,
-                  "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step})
+        run.save({**checkpoints.describe(model, args, train.classes, "pretrain"), "best": best,
+                  "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step, "scores": scores})
 
     per_step = min(args.batch_size, sampler.used)
-    bar = tqdm(total=args.epochs * len(loader) * per_step, initial=step * per_step, unit="img",
-               smoothing=0.05, mininterval=1, disable=engine.rank() > 0,
-               desc=f"pre-training {args.variant} on {train.name}")
+    bar = run_folder.progress_bar(f"pre-training {args.variant} on {train.name}",
+                                  args.epochs * len(loader) * per_step, step * per_step)
     for epoch in range(start, args.epochs):
         sampler.epoch = train.epoch = epoch
         step = train_epoch(forward, optimizer, loader, train, tree, step, args, device, run, save, bar)
@@ -405,24 +350,43 @@ def main() -> None:
             save(epoch, step)  # the evaluation may be interrupted
             with run.interruptible():
                 scores = evaluate(forward, val, tree, args, device)
-            run.log(epoch=epoch + 1, step=step, **scores)
-            run.curves(tuple(scores))
+            run.evaluated(bar, epoch + 1, step, scores, tuple(scores))
             if not engine.rank():
                 picture_predictions(model, val, device).save(run.folder / "predictions.png")
-                shown = ", ".join(f"{k} {100 * v:.1f}" for k, v in scores.items())
-                bar.write(f"epoch {epoch + 1}: {shown}")
             if scores["top1"] > best:
                 best = scores["top1"]
-                engine.save_checkpoint(run.folder / "best.pt", {
-                    **engine.describe(model, args, train.classes, "pretrain"), "scores": scores})
+                checkpoints.save_checkpoint(run.folder / "best.pt", {
+                    **checkpoints.describe(model, args, train.classes, "pretrain"), "scores": scores})
             save(epoch + 1, step)
     bar.close()
     if not engine.rank():
-        measured = {"data": val.name, "images": len(val), "class_tokens": args.class_tokens, **scores}
-        write_json(run.folder / "metrics.json", engine.summary(model, args, measured))
-        print(f"{val.name}, {len(val)} images, {run.minutes()}: "
-              + ", ".join(f"{k} {100 * v:.1f} %" for k, v in scores.items())
-              + f"; everything of this run: {run.folder}")
+        finish(model, val, scores, args, run)
+
+
+def finish(model: Classifier, val: ClassificationSet, scores: dict, args: argparse.Namespace, run) -> None:
+    """Writes metrics.json and prints the scores."""
+    measured = {"data": val.name, "images": len(val), "class_tokens": args.class_tokens, **scores}
+    write_json(run.folder / "metrics.json", run_folder.summary(model, args, measured))
+    print(f"{val.name}, {len(val)} images, {run.minutes()}: "
+          + ", ".join(f"{k} {100 * v:.1f} %" for k, v in scores.items())
+          + f"; everything of this run: {run.folder}")
+
+
+def main(classifier: type[Classifier] = Classifier,
+         read_data: Callable[..., ClassificationSet] = classification_set) -> None:
+    """The command. A fork gives its own class of classifiers, or what reads its own data, in place of
+    ours."""
+    args = parse()
+    if args.build_tree:
+        print(build_tree(args.is_a, args.classes, args.build_tree))
+        return
+    device = engine.setup(args)
+    if args.benchmark or args.linear_baseline:
+        engine.prepare_benchmark(args)
+    if args.linear_baseline:
+        print(linear_baseline(*read_sets(args, read_data)))
+    else:
+        train(args, device, classifier, read_data)
 
 
 if __name__ == "__main__":

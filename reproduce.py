@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from engine import positive, run_script
 from model import InputError
-from tables import TABLE_3, corruption_row, markdown, mean_and_deviation, read_json
+from report import markdown, mean_and_deviation, read_json
+from tables import TABLE_3, corruption_row
 
 HERE, DATA = Path(__file__).parent, ("--data", "shapes-hard")
 

@@ -9,6 +9,7 @@ here; data.py makes sets of it.
 import numpy as np
 from PIL import Image, ImageDraw
 
+
 def polygon(corners: int, inner: float = 1.0) -> np.ndarray:
     """A regular polygon in the unit circle, or a star if every second corner is at radius `inner`; (n,
     2)."""

@@ -6,13 +6,13 @@ Every figure is in percent, as in the paper; "-" stands where there is none or t
 What a run reports is read from the files that it left: metrics.json, evaluation/metrics.json,
 evaluation/corruptions.json, seed-*/metrics.json.
 """
-import json
 import statistics
 from pathlib import Path
 
 from corruptions import NAMES
 from inference import METRICS
 from model import InputError
+from report import markdown, mean_and_deviation, read_json
 
 NONE = float("nan")  # no figure
 
@@ -75,22 +75,7 @@ HEADERS = {2: ("epochs", *METRICS, "params (M)"), 3: ("shared", *METRICS, "param
 PAPER = {2: TABLE_2, 3: TABLE_3, 4: TABLE_4, 5: TABLE_5, 7: TABLE_7}
 
 
-# ------------------------------------------------------------------------------------------------ one number
-
-def cell(value) -> str:
-    """A figure as the paper prints it."""
-    if isinstance(value, float):
-        return "-" if value != value or value < 0 else f"{value:.1f}"
-    return str(value)
-
-
-def mean_and_deviation(values: list[float]) -> str:
-    """Values in [0, 1] -> "mean±deviation" in percent (Table 5), the sample's deviation (n - 1)."""
-    if min(values) < 0:
-        return "-"  # the metric has -1 where no object has the size
-    values = [100 * v for v in values]
-    return f"{statistics.mean(values):.1f}±{statistics.stdev(values) if len(values) > 1 else 0:.1f}"
-
+# -------------------------------------------------------------------------------------------------- our rows
 
 def corruption_row(state: dict) -> tuple[float, ...]:
     """The content of corruptions.json -> a row of Table 4 in percent: the mean of the corruptions (mPC of
@@ -98,18 +83,6 @@ def corruption_row(state: dict) -> tuple[float, ...]:
     each = {name: 100 * statistics.mean(m["AP"] for m in by_severity.values())
             for name, by_severity in state["corruptions"].items()}
     return statistics.mean(each.values()), *(each.get(name, NONE) for name in NAMES)
-
-
-# -------------------------------------------------------------------------------------------------- Markdown
-
-def markdown(first: str, header: tuple[str, ...], rows: list[tuple[str, tuple]]) -> str:
-    """A Markdown table, its columns aligned so that it reads in a terminal too."""
-    lines = [[first, *header]] + [[name, *map(cell, values)] for name, values in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    rule = ["-" * widths[0]] + ["-" * (w - 1) + ":" for w in widths[1:]]
-    text = [[v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths))]
-            for line in (lines[0], rule, *lines[1:])]
-    return "\n".join("| " + " | ".join(line) + " |" for line in text)
 
 
 def paper_table(number: int, folders: list[Path]) -> str:
@@ -120,26 +93,6 @@ def paper_table(number: int, folders: list[Path]) -> str:
     """
     ours = [(f"ours: {folder}", row_of_run(number, Path(folder))) for folder in folders]
     return markdown(f"Table {number}", HEADERS[number], [*PAPER[number].items(), *ours])
-
-
-def read_json(path: Path, command: str) -> dict:
-    """A JSON object that a run left. `command` would make it. InputError if it is absent or damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: it comes from {command}") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{path} cannot be read ({e}): make it again by {command}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no run's figures: make it again by {command}")
-    return content
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Written to a temporary name and renamed, so that a file of this name is always whole."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(path)
 
 
 def row_of_run(number: int, folder: Path) -> tuple:

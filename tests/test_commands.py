@@ -10,10 +10,10 @@ from argparse import Namespace
 
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
-import engine
-from conftest import ROOT
+import checkpoints
 from data import detection_set
 from model import VARIANTS, Detector
 
@@ -67,7 +67,7 @@ def test_evaluation_writes_the_models_best_boxes_and_their_ap(trained):
     done = run(trained, "evaluate.py", out / "last.pt", "--limit-val", "6", "--batch-size", "4")
     results = json.loads((out / "evaluation" / "results.json").read_text())
     assert len(results) == 600 and "AP50" in done.stdout
-    model, _ = engine.load_detector(out / "last.pt")
+    model, _ = checkpoints.load_detector(out / "last.pt")
     image, target = detection_set("shapes", "val", limit=6, image_size=64)[5]
     with torch.no_grad():
         output = model(image[None])
@@ -163,7 +163,7 @@ def test_checkpoints_that_do_not_fit(trained):
     last = trained / "runs" / "finetune-tiny-shapes" / "last.pt"
     refused(trained, "finetune.py", *FAST, "--out", "x", "--variant", "lite", "--pretrained", last,
             says="variant tiny")
-    engine.save_checkpoint(trained / "three.pt", engine.describe(
+    checkpoints.save_checkpoint(trained / "three.pt", checkpoints.describe(
         Detector(VARIANTS["tiny"], 3), Namespace(layout="paper"), list("abc"), "finetune"))
     refused(trained, "evaluate.py", "three.pt", "--data", "shapes", "--limit-val", "2", says="3 classes")
     (trained / "pickle.pt").write_bytes(b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x04true\x85R.")

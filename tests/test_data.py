@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data import (MEAN, STD, ClassificationTransform, Transform, classification_set, crop, detection_set,
-                  flip, micro_batches, pad_batch, read_image, resize, to_tensor)
+from augment import ClassificationTransform
+from data import Transform, classification_set, crop, detection_set, flip, micro_batches, pad_batch, resize
+from images import MEAN, STD, read_image, to_tensor
 from model import InputError
 
 RED, GREEN = (250, 10, 10), (10, 250, 10)

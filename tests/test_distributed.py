@@ -13,13 +13,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch.utils.data import default_collate
 
 import finetune
 import pretrain
-from augment import mix, smooth_targets
-from conftest import ROOT
-from data import ClassificationTransform, classification_set, detection_set, micro_batches, pad_batch
+from augment import ClassificationTransform, mix, smooth_targets
+from data import classification_set, detection_set, micro_batches, pad_batch
 from engine import BatchSampler
 from inference import coco_metrics
 from model import VARIANTS, Classifier, Detector
@@ -181,7 +181,7 @@ def test_two_processes_train_as_one(runs, stage, shares):
 
 def test_two_processes_evaluate_every_image_once(runs):
     one, two = (read_results(runs.folder, name) for name in ("one", "two"))
-    assert Counter(r["image_id"] for r in two) == {i: 100 for i in range(1, 8)}
+    assert Counter(r["image_id"] for r in two) == dict.fromkeys(range(1, 8), 100)
     assert sorted(two, key=json.dumps) == sorted(one, key=json.dumps)
     expected = coco_metrics(detection_set(runs.folder / "found", "val").ground_truth, one)
     measured = json.loads((runs.folder / "two-evaluate/metrics.json").read_text())

@@ -5,6 +5,7 @@ from argparse import Namespace
 import pytest
 import torch
 
+import checkpoints
 import engine
 from model import VARIANTS, Classifier, Detector, InputError
 from released import load_released
@@ -13,21 +14,22 @@ TINY = VARIANTS["tiny"]
 
 
 def save(path, model, stage="finetune", layout="paper", classes=("a", "b")):
-    engine.save_checkpoint(path, engine.describe(model, Namespace(layout=layout), list(classes), stage))
+    content = checkpoints.describe(model, Namespace(layout=layout), list(classes), stage)
+    checkpoints.save_checkpoint(path, content)
     return path
 
 
 def test_a_saved_detector_loads_with_the_same_outputs(tmp_path):
     model, images = Detector(TINY, 2).eval(), torch.randn(1, 3, 64, 64)
-    loaded, info = engine.load_detector(save(tmp_path / "a.pt", model))
+    loaded, info = checkpoints.load_detector(save(tmp_path / "a.pt", model))
     assert torch.equal(loaded(images)["pred_logits"], model(images)["pred_logits"])
-    assert info["classes"] == ["a", "b"] and engine.variant_of(info["config"]) == "tiny"
+    assert info["classes"] == ["a", "b"] and checkpoints.variant_of(info["config"]) == "tiny"
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]  # no temporary file is left
 
 
 def test_pretrained_encoder_is_copied_whole(tmp_path):
     classifier, detector = Classifier(TINY, 2), Detector(TINY, 2)  # as many classes, but not the same ones
-    message = engine.load_pretrained(detector, "paper", save(tmp_path / "c.pt", classifier,
+    message = checkpoints.load_pretrained(detector, "paper", save(tmp_path / "c.pt", classifier,
                                                              stage="pretrain"))
     for k, v in classifier.encoder.state_dict().items():
         assert torch.equal(detector.encoder.state_dict()[k], v)
@@ -38,7 +40,7 @@ def test_pretrained_encoder_is_copied_whole(tmp_path):
 
 def test_a_detector_of_other_classes_gives_all_but_its_class_head(tmp_path):
     old, new = Detector(TINY, 7), Detector(TINY, 2)
-    message = engine.load_pretrained(new, "paper", save(tmp_path / "d.pt", old, classes="abcdefg"))
+    message = checkpoints.load_pretrained(new, "paper", save(tmp_path / "d.pt", old, classes="abcdefg"))
     assert torch.equal(new.queries.content, old.queries.content)
     assert torch.equal(new.box_head[0].weight, old.box_head[0].weight)
     assert message.endswith("starting fresh: class_head")
@@ -65,21 +67,21 @@ def test_other_things_are_no_checkpoints(tmp_path):
     (tmp_path / "half.pt").write_bytes(whole[:len(whole) // 2])
     save(tmp_path / "classifier.pt", Classifier(TINY, 2), stage="pretrain")
     (tmp_path / "empty.pt").write_bytes(b"")
-    engine.save_checkpoint(tmp_path / "hollow.pt", {"stage": "finetune", "config": {"colour": 3}})
+    checkpoints.save_checkpoint(tmp_path / "hollow.pt", {"stage": "finetune", "config": {"colour": 3}})
     torch.save({"state_dict": {"bbox_head.query_embedding.weight": 3}}, tmp_path / "odd.pt")
     for name in ("tensor.pt", "text.pt", "half.pt", "gone.pt", "classifier.pt", "empty.pt", "hollow.pt"):
         with pytest.raises(InputError, match=name) as e:
-            engine.load_detector(tmp_path / name)
+            checkpoints.load_detector(tmp_path / name)
         assert "\n" not in str(e.value)
     with pytest.raises(InputError, match="not a whole released"):
-        engine.load_detector(tmp_path / "odd.pt")
+        checkpoints.load_detector(tmp_path / "odd.pt")
 
 
 @pytest.mark.parametrize("variant, layout", [("lite", "paper"), ("tiny", "released")])
 def test_another_variant_or_layout_is_refused_by_name(tmp_path, variant, layout):
     path = save(tmp_path / "a.pt", Detector(TINY, 2))
     with pytest.raises(InputError, match=f"tiny in the paper layout, not {variant} in the {layout}"):
-        engine.load_pretrained(engine.build_detector(VARIANTS[variant], layout, 2), layout, path)
+        checkpoints.load_pretrained(checkpoints.build(Detector, VARIANTS[variant], layout, 2), layout, path)
 
 
 def test_batches_cover_an_epoch_once_whatever_the_number_of_processes(monkeypatch):

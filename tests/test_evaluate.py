@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-import engine
+import checkpoints
 import evaluate
 from data import detection_set
 from inference import METRICS, Scorer, best_boxes, coco_metrics, metric_library
@@ -123,7 +123,7 @@ def checkpoint(tmp_path_factory):
             p += 0.05 * torch.randn_like(p)
     path = tmp_path_factory.mktemp("run") / "last.pt"
     args = Namespace(layout="paper", data="shapes", image_size=64)
-    torch.save(engine.describe(model, args, list(SHAPES), "finetune"), path)
+    torch.save(checkpoints.describe(model, args, list(SHAPES), "finetune"), path)
     return path
 
 
@@ -176,7 +176,7 @@ def test_a_corrupted_pass_sees_corrupted_pictures(checkpoint, tmp_path, monkeypa
     black = detection_set("shapes", "val", limit=3, image_size=64)
     for record in black.records:
         record.source = Image.new("RGB", record.size)
-    model, _ = engine.load_detector(checkpoint)
+    model, _ = checkpoints.load_detector(checkpoint)
     expected = coco_metrics(black.ground_truth, evaluate.detect(
         model, black, Namespace(workers=0, amp="off"), torch.device("cpu")))
     assert json.loads((tmp_path / "corruptions.json").read_text())["corruptions"]["fog"]["2"] == expected

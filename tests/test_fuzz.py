@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_commands import run
 
-from data import coco_format, detection_set, image_folder, read_image, to_tensor
+from data import coco_format, detection_set, image_folder
+from images import read_image, to_tensor
 from inference import coco_metrics
 from model import InputError
-from test_commands import run
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (6, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
 PICTURE = Image.fromarray(PIXELS)  # 64 x 48

@@ -80,7 +80,7 @@ def test_a_folder_is_loaded_and_nonsense_is_refused(tmp_path):
 def test_the_command_scores_it_like_any_detector(tmp_path, monkeypatch):
     """`--model hf:FOLDER` on clean and corrupted pictures leaves the files of an evaluation."""
     detector = small_detector("detr")
-    detector.config.id2label = {0: "N/A", **{i: name for i, name in enumerate(SHAPES, 1)}}
+    detector.config.id2label = {0: "N/A", **dict(enumerate(SHAPES, 1))}
     detector.class_labels_classifier = torch.nn.Linear(32, 10)  # eight kinds, N/A and no object
     detector.config.num_labels = 9
     detector.save_pretrained(tmp_path / "detr")

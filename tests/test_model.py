@@ -218,7 +218,8 @@ def test_one_shared_adaptor_serves_all_layers_and_a_layers_own_only_that_one(kin
         detector = shaken(LAYOUTS[layout](Detector(config, 3)))
 
         def states():
-            return [s.content for s in detector.encoder(images, detector.queries(1), adapt=detector.adapt)[0]]
+            layers, _ = detector.encoder(images, detector.queries(1), adapt=detector.adapt)
+            return [extra.content for extra in layers]
         before = states()
         for step, adaptor in enumerate(detector.adaptor if own else [detector.adaptor]):
             saved = {k: v.clone() for k, v in adaptor.state_dict().items()}

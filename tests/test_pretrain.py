@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoints
 import engine
 import pretrain
-
-from data import ClassificationSet, ClassificationTransform, classification_set, image_folder
+from augment import ClassificationTransform
+from data import ClassificationSet, classification_set, image_folder
 from model import VARIANTS, Classifier, Detector, DropPath, InputError
 from pretrain import RepeatedSampler, linear_baseline, load_tree, semantic_softmax_loss
-
 
 # ------------------------------------------------------------------------------------------ semantic softmax
 
@@ -200,25 +200,26 @@ def test_released_pretraining_checkpoints_give_their_encoder(shared, tmp_path):
                      if "encoder2" in k else k: v for k, v in state.items() if
                      not any(h in k for h in heads)}
         torch.save({"state_dict": state, "meta": {}}, tmp_path / "p.pth")
-        detector = engine.build_detector(VARIANTS["lite"], "released", 80)
-        message = engine.load_pretrained(detector, "released", tmp_path / "p.pth")
+        detector = checkpoints.build(Detector, VARIANTS["lite"], "released", 80)
+        message = checkpoints.load_pretrained(detector, "released", tmp_path / "p.pth")
         assert message.endswith("p.pth: encoder; starting fresh: queries, adaptor, class_head, box_head")
         norms = "bbox_head.transformer.encoder2.layers.5.norms."
         theirs = state[norms + ("2" if processed else "1") + ".weight"]
         assert torch.equal(detector.encoder.layers[11].norm2.weight, theirs)
         assert torch.equal(detector.encoder.level_embed, state["bbox_head.transformer.level_embeds"])
         with pytest.raises(InputError, match="change --variant, --structure or --layout"):
-            engine.load_pretrained(Detector(VARIANTS["lite"], 80), "paper", tmp_path / "p.pth")
+            checkpoints.load_pretrained(Detector(VARIANTS["lite"], 80), "paper", tmp_path / "p.pth")
 
 
 def test_init_takes_the_head_too_where_it_fits(tmp_path):
     old = Classifier(VARIANTS["tiny"], 4)
-    engine.save_checkpoint(tmp_path / "a.pt", engine.describe(old, Namespace(layout="paper"), list("abcd"),
-                                                              "pretrain"))
+    path = tmp_path / "a.pt"
+    checkpoints.save_checkpoint(path, checkpoints.describe(old, Namespace(layout="paper"), list("abcd"),
+                                                           "pretrain"))
     same, other = Classifier(VARIANTS["tiny"], 4), Classifier(VARIANTS["tiny"], 5)
-    assert engine.load_pretrained(same, "paper", tmp_path / "a.pt").endswith("starting fresh: nothing")
+    assert checkpoints.load_pretrained(same, "paper", path).endswith("starting fresh: nothing")
     assert torch.equal(same.class_head.weight, old.class_head.weight)
-    assert engine.load_pretrained(other, "paper", tmp_path / "a.pt").endswith("starting fresh: class_head")
+    assert checkpoints.load_pretrained(other, "paper", path).endswith("starting fresh: class_head")
     assert torch.equal(other.class_token.content, old.class_token.content)
 
 

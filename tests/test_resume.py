@@ -10,7 +10,6 @@ import time
 
 import pytest
 import torch
-
 from conftest import ROOT
 
 STAGES = {"finetune": ["--limit-train", "10", "--limit-val", "2", "--batch-size", "4", "--micro-batch", "2",
@@ -26,8 +25,9 @@ forkserver.set_forkserver_preload(["finetune", "pretrain", "torch._dynamo", "mat
 def train(stage: str, out, flags: tuple[str, ...], save_every: float, prepare=None) -> None:
     """A run as from the command line, in a fresh process."""
     import engine
+    import run_folder
     torch.set_num_threads(1)
-    engine.Run.save_every = save_every
+    run_folder.Run.save_every = save_every
     sys.argv = [stage, *STAGES[stage], "--device", "cpu", "--out", str(out), *flags]
     sys.stdout = sys.stderr = open(f"{out}.txt", "w", buffering=1)
     if prepare:

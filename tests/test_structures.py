@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import checkpoints
 import engine
 import evaluate
 import finetune
@@ -32,7 +33,7 @@ def test_rows_of_table_3_train_resume_evaluate_and_stand_in_it(adaptor, tmp_path
     call(evaluate, monkeypatch, "--table", "3", out)
     row = [c.strip() for c in capsys.readouterr().out.splitlines()[-1].strip("|").split("|")]
     shared = "-" if adaptor[1] == "none" else "no" if len(adaptor) > 2 else "yes"
-    model, _ = engine.load_detector(out / "last.pt")
+    model, _ = checkpoints.load_detector(out / "last.pt")
     parameters = sum(p.numel() for p in model.parameters())
     assert row[1] == shared and float(row[-1]) == pytest.approx(parameters / 1e6, abs=0.05)
     changed = ["--adaptor", "self-attention"]

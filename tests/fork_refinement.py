@@ -1,0 +1,27 @@
+"""A fork with iterative box refinement (Deformable DETR, A.4): each layer's boxes are relative to those of
+the layer before, whose centres are also where its queries look.
+
+    python fork_refinement.py --data shapes-hard     (any flag of finetune.py)
+"""
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+import engine
+import finetune
+from model import Config, Detector, ExtraTokens
+
+
+class RefiningDetector(Detector):
+    def __init__(self, config: Config, num_classes: int):
+        super().__init__(config, num_classes)
+        nn.init.zeros_(self.box_head[-1].bias)  # it is added in each layer: no size to begin with
+
+    def adapt(self, queries: ExtraTokens, image: Tensor, step: int) -> tuple[ExtraTokens, Tensor]:
+        if step:  # a layer has answered
+            queries = replace(queries, references=self.boxes(queries).detach())  # (B, Q, 4)
+        return super().adapt(queries, image, step)
+
+
+if __name__ == "__main__":
+    engine.run_script(finetune.main, detector=RefiningDetector)
