@@ -56,7 +56,7 @@ def test_pickles_are_refused_and_never_run(tmp_path, capsys):
     torch.save({"model": Evil()}, tmp_path / "evil2.pt")
     for name in ("evil.pt", "evil2.pt"):
         with pytest.raises(InputError, match="not unpickled"):
-            engine.load_checkpoint(tmp_path / name)
+            checkpoints.load_checkpoint(tmp_path / name)
     assert "unpickled!" not in capsys.readouterr().out
 
 

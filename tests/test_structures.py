@@ -56,7 +56,7 @@ def test_an_encoder_decoder_is_pre_trained_and_transferred_whole(tokens, tmp_pat
     monkeypatch.setattr(finetune, "prepare", prepare)
     flags = [*SHORT, "--pretrained", tmp_path / "pre" / "last.pt", "--out", tmp_path / "fine"]
     call(finetune, monkeypatch, *flags, *structure)
-    left = engine.load_checkpoint(tmp_path / "pre" / "last.pt")
+    left = checkpoints.load_checkpoint(tmp_path / "pre" / "last.pt")
     assert any("self_attention" in k for k in started)
     assert all(torch.equal(v, left["model"]["encoder." + k]) for k, v in started.items())
     metrics = json.loads((tmp_path / "fine" / "metrics.json").read_text())
@@ -88,7 +88,7 @@ def test_seeds_are_collected_or_resumed_and_summed_up(tmp_path, monkeypatch, cap
     printed = capsys.readouterr().out.splitlines()
     row = [line for line in printed if line.startswith("| this model")][-1].split("|")
     assert row[3].strip() == f"{statistics.mean(ap50):.1f}±{statistics.stdev(ap50):.1f}"
-    weights = [engine.load_checkpoint(tmp_path / "five" / f"seed-{s}" / "last.pt")["model"] for s in (3, 4)]
+    weights = [checkpoints.load_checkpoint(tmp_path / "five" / f"seed-{s}" / "last.pt")["model"] for s in (3, 4)]
     assert not torch.equal(weights[0]["queries.content"], weights[1]["queries.content"])
 
 
