@@ -6,6 +6,7 @@ do depends on the picture's number alone; mixup and CutMix take a batch. Numbers
 rand-m9-mstd0.5-inc1, mixup 0.8, CutMix 1.0, random erasing 0.25 (pixel), label smoothing 0.1.
 """
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +57,7 @@ def transform(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=BICUBIC, fillcolor=FILL)
 
 
-def enhance(kind):
+def enhance(kind: type) -> Callable:
     return lambda image, v, sign: kind(image).enhance(max(0.1, 1 + sign * 0.09 * v))
 
 

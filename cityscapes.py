@@ -144,7 +144,7 @@ def read_polygons(path: Path) -> tuple[int, int, list]:
     return width, height, painted
 
 
-def complaint(entry) -> str | None:
+def complaint(entry: object) -> str | None:
     """What is wrong with an entry of 'objects', if anything. Values are not quoted: they may be huge."""
     if not isinstance(entry, dict):
         return "is no object with a label and a polygon"

@@ -60,13 +60,13 @@ def check_annotations(content: dict, path: Path | str) -> dict:
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def is_id(value) -> bool:
+def is_id(value: object) -> bool:
     """Whether a JSON value is an integer that pycocotools, which holds some ids as float64, tells from
     others."""
     return type(value) is int and abs(value) < 2 ** 53
 
 
-def is_number(value) -> bool:
+def is_number(value: object) -> bool:
     """Whether a JSON value is a number that a picture's geometry may hold; NaN and infinity are not, nor is
     true."""
     return type(value) in (int, float) and abs(value) < 1e9

@@ -8,6 +8,7 @@ and normalised (cx, cy, w, h) when they leave it.
 """
 import itertools
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +30,16 @@ from shapes import COLOURS, SHAPES, shape_scene
 # ---------------------------------------------------------------------------- transforms (Deformable DETR's)
 # Each takes and returns (PIL image, boxes (n, 4) xyxy in pixels, labels (n,)).
 
-def flip(image, boxes, labels):
+Sample = tuple[Image.Image, np.ndarray, np.ndarray]
+
+
+def flip(image: Image.Image, boxes: np.ndarray, labels: np.ndarray) -> Sample:
     w = image.width
     return ImageOps.mirror(image), np.stack([w - boxes[:, 2], boxes[:, 1], w - boxes[:, 0], boxes[:, 3]],
                                             1), labels
 
 
-def resize(image, boxes, labels, short: int, long: int):
+def resize(image: Image.Image, boxes: np.ndarray, labels: np.ndarray, short: int, long: int) -> Sample:
     """Keeps the aspect ratio: the short side becomes `short`, or less where the long side would exceed
     `long`."""
     w, h = image.size
@@ -46,7 +50,8 @@ def resize(image, boxes, labels, short: int, long: int):
     return image, boxes * np.array([new_w / w, new_h / h] * 2), labels
 
 
-def crop(image, boxes, labels, x: int, y: int, w: int, h: int):
+def crop(image: Image.Image, boxes: np.ndarray, labels: np.ndarray, x: int, y: int, w: int,
+         h: int) -> Sample:
     """Boxes are clipped to the crop; those with nothing left are dropped, so that there may be none."""
     boxes = np.clip(boxes - np.array([x, y, x, y]), 0, np.array([w, h, w, h]))
     keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
@@ -147,7 +152,7 @@ class DetectionSet(Dataset):
         check_all(check, [r for r in records if isinstance(r.source, Path)], self.name)
 
 
-def check_all(check, files: list, name: str) -> None:
+def check_all(check: Callable[[object], str | None], files: list, name: str) -> None:
     """Calls check(file) -> None or what is wrong, for each file; raises InputError with the first
     complaint."""
     with ThreadPoolExecutor() as pool:  # pillow decodes outside the interpreter's lock

@@ -379,8 +379,8 @@ def image_name(source: Path | Image.Image, number: int) -> str:
     return str(source) if isinstance(source, Path) else str(number)
 
 
-def stop_at_non_finite(model: nn.Module, parts: list[tuple[list[str], Callable[[], object]]], args,
-                       step: int) -> None:
+def stop_at_non_finite(model: nn.Module, parts: list[tuple[list[str], Callable[[], object]]],
+                       args: argparse.Namespace, step: int) -> None:
     """Raises the InputError for a step whose loss is not finite. `parts`: per micro-batch the names of its
     images and a forward pass on them."""
     for names, forward in parts:

@@ -18,6 +18,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -190,7 +191,7 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def optimizer_of(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
+def optimizer_of(model: Detector, args: argparse.Namespace) -> torch.optim.AdamW:
     """AdamW with the learning rate multipliers of the released code. Its "backbone" is the convolutions and
     norms of the tokenizer; the projections to D are its "neck" and learn at the full rate."""
     multipliers = {"tokenizer.convs": args.backbone_lr, "tokenizer.norms": args.backbone_lr,
@@ -203,8 +204,8 @@ def optimizer_of(model: torch.nn.Module, args: argparse.Namespace) -> torch.opti
 
 # -------------------------------------------------------------------------------------------------- training
 
-def train_step(model, optimizer, batch: list, args: argparse.Namespace, device: torch.device,
-               mark: Callable[[str], None] = engine.no_mark) -> dict[str, Tensor]:
+def train_step(model: Detector, optimizer: Optimizer, batch: list, args: argparse.Namespace,
+               device: torch.device, mark: Callable[[str], None] = engine.no_mark) -> dict[str, Tensor]:
     """One step on this process's share of the total batch, given as micro-batches. Returns its share of the
     losses. Raises FloatingPointError, before any weight is changed, if they are not finite. `mark`: called
     with the name of each part of the step when it is done."""
@@ -240,8 +241,9 @@ def train_step(model, optimizer, batch: list, args: argparse.Namespace, device: 
     return totals
 
 
-def evaluate_epoch(model, dataset: DetectionSet, args: argparse.Namespace, device: torch.device,
-                   run) -> dict[str, float]:
+def evaluate_epoch(model: Detector, dataset: DetectionSet, args: argparse.Namespace, device: torch.device,
+                   run: run_folder.Run) -> dict[str, float]:
+    """The validation scores of `coco_metrics`; leaves a picture of detections in the run's folder."""
     # In the released layout, GroupNorm sees the padding of a batch, so its authors test images one by one.
     batch_size = 1 if args.layout == "released" else args.micro_batch
     with run.interruptible():
@@ -253,8 +255,10 @@ def evaluate_epoch(model, dataset: DetectionSet, args: argparse.Namespace, devic
 
 
 def prepare(args: argparse.Namespace, device: torch.device, detector: type[Detector],
-            read_data: Callable[..., DetectionSet]):
-    """Everything that can fail on bad input, before anything is written: data, model, weights."""
+            read_data: Callable[..., DetectionSet]
+            ) -> tuple[DetectionSet, DetectionSet, Detector, dict | None]:
+    """Everything that can fail on bad input, before anything is written: training and validation set, model,
+    and the checkpoint of a run that goes on."""
     root = dict(root=args.data_root, image_size=args.image_size, seed=args.seed, cache=args.out)
     train = read_data(args.data, "train", limit=args.limit_train, augment=args.augment, **root)
     val = read_data(args.data, args.split, limit=args.limit_val, **root)
@@ -273,7 +277,9 @@ def prepare(args: argparse.Namespace, device: torch.device, detector: type[Detec
     return train, val, model, state
 
 
-def train_epoch(model, optimizer, loader: DataLoader, step: int, args, device, run, save, bar: tqdm) -> int:
+def train_epoch(model: Detector, optimizer: Optimizer, loader: DataLoader, step: int,
+                args: argparse.Namespace, device: torch.device, run: run_folder.Run,
+                save: Callable[[int, int], None], bar: tqdm) -> int:
     """The rest of an epoch, from the steps taken since the start of the run to those after it; logs every
     tenth."""
     model.train()
@@ -298,7 +304,9 @@ def train_epoch(model, optimizer, loader: DataLoader, step: int, args, device, r
     return step
 
 
-def explain_non_finite(model, batch: list, dataset: DetectionSet, args, device, step: int) -> None:
+def explain_non_finite(model: Detector, batch: list, dataset: DetectionSet, args: argparse.Namespace,
+                       device: torch.device, step: int) -> None:
+    """Raises the InputError that says which module and images spoilt the loss of `step`."""
     def forward(images, mask):
         with engine.autocast(args, device):
             return model(images.to(device), None if mask is None else mask.to(device))
@@ -308,7 +316,8 @@ def explain_non_finite(model, batch: list, dataset: DetectionSet, args, device, 
     engine.stop_at_non_finite(model, parts, args, step)
 
 
-def images_seen(step: int, steps: int, args, length: int) -> int:
+def images_seen(step: int, steps: int, args: argparse.Namespace, length: int) -> int:
+    """After `step` steps, `steps` of which make an epoch over `length` images."""
     return step // steps * length + min(step % steps * args.batch_size, length)
 
 
@@ -360,7 +369,8 @@ def train(args: argparse.Namespace, device: torch.device, detector: type[Detecto
     return finish(model, val, origin, metrics, args, run)
 
 
-def finish(model, val: DetectionSet, origin: dict, metrics: dict, args: argparse.Namespace, run) -> dict:
+def finish(model: Detector, val: DetectionSet, origin: dict, metrics: dict, args: argparse.Namespace,
+           run: run_folder.Run) -> dict:
     """Writes metrics.json, whose content it returns, and prints the scores."""
     summary = run_folder.summary(model, args, {"data": val.name, "images": len(val), **origin, **metrics})
     if not engine.rank():

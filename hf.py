@@ -10,6 +10,7 @@ import argparse
 import importlib.metadata
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -110,7 +111,7 @@ def random_batch(classes: int, size: tuple[int, int], device: torch.device) -> t
     return torch.randn(2, 3, *size).to(device), [{"labels": l, "boxes": b} for l, b in zip(labels, boxes)]
 
 
-def alternate(ours, theirs, repeats: int, device: torch.device) -> tuple[float, float]:
+def alternate(ours: Callable, theirs: Callable, repeats: int, device: torch.device) -> tuple[float, float]:
     """Median seconds of a call of each. They take turns: what else the machine does slows down both."""
     times = []
     for run in (ours, theirs) * (repeats + 1):
@@ -123,7 +124,8 @@ def alternate(ours, theirs, repeats: int, device: torch.device) -> tuple[float, 
 
 
 def benchmark(ours: Detector, theirs: nn.Module, args: argparse.Namespace, device: torch.device,
-              train_size=(256, 256), detect_size=(480, 640)) -> dict[str, tuple[float, float]]:
+              train_size: tuple[int, int] = (256, 256),
+              detect_size: tuple[int, int] = (480, 640)) -> dict[str, tuple[float, float]]:
     """{what: median seconds (ours, theirs)} of a training step on two images of `train_size` (h, w) with the
     same objects (forward, matching, loss, backward, clipping, AdamW) and of the 100 best boxes of one image
     of `detect_size`. theirs: a Deformable DETR of transformers; args: repeats, amp, clip."""

@@ -29,7 +29,7 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 # ------------------------------------------------------------------------------------------------ the metric
 
-def metric_library():
+def metric_library() -> tuple[type, type]:
     """(COCO, COCOeval) of faster-coco-eval where it is installed (several times faster, the same numbers),
     else of pycocotools."""
     try:

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
@@ -174,8 +175,8 @@ class RepeatedSampler(engine.BatchSampler):
 
 # -------------------------------------------------------------------------------------------------- training
 
-def train_step(model, optimizer, images: Tensor, labels: Tensor, num_classes: int, rng: np.random.Generator,
-               tree: Tree | None, args: argparse.Namespace,
+def train_step(model: Classifier, optimizer: Optimizer, images: Tensor, labels: Tensor, num_classes: int,
+               rng: np.random.Generator, tree: Tree | None, args: argparse.Namespace,
                mark: Callable[[str], None] = engine.no_mark) -> dict[str, Tensor]:
     """One step on this process's share of a batch. Returns its share of the loss and of the right
     answers. Raises FloatingPointError, before any weight is changed, if the loss is not finite. `mark`:
@@ -245,8 +246,10 @@ def read_sets(args: argparse.Namespace, read_data: Callable) -> tuple[Classifica
 
 
 def prepare(args: argparse.Namespace, device: torch.device, classifier: type[Classifier],
-            read_data: Callable[..., ClassificationSet]):
-    """Everything that can fail on bad input, before anything is written: data, tree, model, weights."""
+            read_data: Callable[..., ClassificationSet]
+            ) -> tuple[ClassificationSet, ClassificationSet, Tree | None, Classifier, dict | None]:
+    """Everything that can fail on bad input, before anything is written: training and validation set, tree,
+    model, and the checkpoint of a run that goes on."""
     train, val = read_sets(args, read_data)
     tree = load_tree(args.tree).to(device) if args.tree else None
     if tree and len(tree.targets) != len(train.classes):
@@ -267,8 +270,9 @@ def prepare(args: argparse.Namespace, device: torch.device, classifier: type[Cla
     return train, val, tree, model, state
 
 
-def train_epoch(model, optimizer, loader: DataLoader, train: ClassificationSet, tree, step: int, args,
-                device, run, save, bar: tqdm) -> int:
+def train_epoch(model: Classifier, optimizer: Optimizer, loader: DataLoader, train: ClassificationSet,
+                tree: Tree | None, step: int, args: argparse.Namespace, device: torch.device,
+                run: run_folder.Run, save: Callable[[int, int], None], bar: tqdm) -> int:
     """The rest of an epoch, from the steps taken since the start of the run to those after it; logs every
     tenth."""
     model.train()
@@ -298,8 +302,9 @@ def train_epoch(model, optimizer, loader: DataLoader, train: ClassificationSet, 
     return step
 
 
-def explain_non_finite(model, images: Tensor, indices: list[int], train: ClassificationSet, args,
-                       step: int) -> None:
+def explain_non_finite(model: Classifier, images: Tensor, indices: list[int], train: ClassificationSet,
+                       args: argparse.Namespace, step: int) -> None:
+    """Raises the InputError that says which module and images spoilt the loss of `step`."""
     model = getattr(model, "_orig_mod", model)  # compiled code does not tell of its modules
 
     def forward(part):
@@ -363,7 +368,8 @@ def train(args: argparse.Namespace, device: torch.device, classifier: type[Class
         finish(model, val, scores, args, run)
 
 
-def finish(model: Classifier, val: ClassificationSet, scores: dict, args: argparse.Namespace, run) -> None:
+def finish(model: Classifier, val: ClassificationSet, scores: dict, args: argparse.Namespace,
+           run: run_folder.Run) -> None:
     """Writes metrics.json and prints the scores."""
     measured = {"data": val.name, "images": len(val), "class_tokens": args.class_tokens, **scores}
     write_json(run.folder / "metrics.json", run_folder.summary(model, args, measured))

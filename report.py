@@ -6,7 +6,7 @@ from pathlib import Path
 from model import InputError
 
 
-def cell(value) -> str:
+def cell(value: object) -> str:
     """A figure as the paper prints it."""
     if isinstance(value, float):
         return "-" if value != value or value < 0 else f"{value:.1f}"

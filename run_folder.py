@@ -6,7 +6,7 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -58,7 +58,7 @@ class Run:
                          "stopped by SIGTERM before the first checkpoint: start it again")
 
     @contextlib.contextmanager
-    def interruptible(self):
+    def interruptible(self) -> Iterator[None]:
         """Around what takes long and changes nothing: SIGTERM ends it at once. (Else it waits for the end of
         a step, see `after_step`.)"""
         self.may_stop = True

@@ -35,7 +35,8 @@ SHAPE_PIXELS, SUPERSAMPLE = 64, 4
 COLOURS = {"shapes": 4, "shapes-hard": 2}  # of the eight kinds, by the name of the data
 
 
-def shape_mask(name: str, centre, radius: float, angle: float, stretch: float, pixels: int) -> np.ndarray:
+def shape_mask(name: str, centre: np.ndarray, radius: float, angle: float, stretch: float,
+               pixels: int) -> np.ndarray:
     """Coverage in [0, 1] of a shape, (pixels, pixels), anti-aliased. `stretch` widens it by that factor
     before turning."""
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
@@ -66,7 +67,7 @@ def background(rng: np.random.Generator, pixels: int) -> np.ndarray:
 
 
 def shape_scene(rng: np.random.Generator, pixels: int = SHAPE_PIXELS, objects: int | None = None,
-                colours: int = 4):
+                colours: int = 4) -> tuple[Image.Image, np.ndarray, np.ndarray]:
     """One picture with `objects` objects, by default up to three, that may hide each other; a single one
     asked for is larger, as in ImageNet's pictures. The kinds share `colours` colours. -> (RGB image, boxes
     xyxy (n, 4), labels (n,)). A box is tight around what is visible; an object of which less than half is

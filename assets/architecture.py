@@ -61,8 +61,8 @@ def main() -> None:
     axis = figure.subplots()
     stage(axis, 0, "Pre-training: what is in this image?", "one class token:\ncontent + position (Eq. 1)", 1,
           "class (3.2)", False)
-    stage(axis, 7.2, "Fine-tuning: what is at each of these places?",
-          "300 object queries: content +\nposition, a visual prompt (Eq. 4)", 7, "classes and boxes (3.3)", True)
+    stage(axis, 7.2, "Fine-tuning: what is at each of these places?", "300 object queries: content +\n"
+          "position, a visual prompt (Eq. 4)", 7, "classes and boxes (3.3)", True)
     axis.add_patch(FancyArrowPatch((5.35, 4.9), (7.1, 4.9), arrowstyle="-|>", mutation_scale=18,
                                    color="#2a6fb0", lw=3))
     axis.text(6.22, 5.2, "all blue weights,\nstrictly", ha="center", va="bottom", size=9, color="#2a6fb0",

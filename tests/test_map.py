@@ -1,4 +1,5 @@
-"""The README's map from the paper to the code: every name is where it says, and nothing of the paper is left out.
+"""The README's map from the paper to the code: every name is where it says, and nothing of the paper is left
+out.
 
     python tests/test_map.py        writes the present line ranges into the README
 """
@@ -14,7 +15,8 @@ EVERYTHING = {*SECTIONS, *(f"Eq. {i}" for i in range(1, 6)), *(f"Table {i}" for 
 
 
 def ranges(path) -> dict[str, tuple[int, int]]:
-    """{name: (first line, last line)} of a file's functions, classes, methods ("Class.method") and constants."""
+    """{name: (first line, last line)} of a file's functions, classes, methods ("Class.method") and
+    constants."""
     found = {}
 
     def visit(nodes, prefix=""):
@@ -58,7 +60,8 @@ def test_the_map_has_everything_of_the_paper():
 def test_the_map_knows_names_of_every_kind(tmp_path):
     (tmp_path / "a.py").write_text("A = 1\n\n@f\ndef b():\n    C = 2\n\nclass D:\n    e: int = 3\n\n"
                                    "    def g(self):\n        pass\n")
-    assert ranges(tmp_path / "a.py") == {"A": (1, 1), "b": (3, 5), "D": (7, 11), "D.e": (8, 8), "D.g": (10, 11)}
+    assert ranges(tmp_path / "a.py") == {"A": (1, 1), "b": (3, 5), "D": (7, 11), "D.e": (8, 8),
+                                          "D.g": (10, 11)}
 
 
 if __name__ == "__main__":

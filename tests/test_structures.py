@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import checkpoints
-import engine
 import evaluate
 import finetune
 import pretrain
@@ -88,7 +87,7 @@ def test_seeds_are_collected_or_resumed_and_summed_up(tmp_path, monkeypatch, cap
     printed = capsys.readouterr().out.splitlines()
     row = [line for line in printed if line.startswith("| this model")][-1].split("|")
     assert row[3].strip() == f"{statistics.mean(ap50):.1f}±{statistics.stdev(ap50):.1f}"
-    weights = [checkpoints.load_checkpoint(tmp_path / "five" / f"seed-{s}" / "last.pt")["model"] for s in (3, 4)]
+    weights = [checkpoints.load_checkpoint(tmp_path / f"five/seed-{s}/last.pt")["model"] for s in (3, 4)]
     assert not torch.equal(weights[0]["queries.content"], weights[1]["queries.content"])
 
 
