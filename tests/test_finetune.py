@@ -51,20 +51,47 @@ def test_matches_losses_and_gradients_equal_the_authors(golden, prefix):
     torch.testing.assert_close(boxes.grad, golden[prefix + "grad/boxes_cxcywh"], rtol=0, atol=1e-6)
 
 
+def box_giou(a, b):
+    (ax, ay, aw, ah), (bx, by, bw, bh) = a.tolist(), b.tolist()
+    width = max(0, min(ax + aw / 2, bx + bw / 2) - max(ax - aw / 2, bx - bw / 2))
+    height = max(0, min(ay + ah / 2, by + bh / 2) - max(ay - ah / 2, by - bh / 2))
+    union = aw * ah + bw * bh - width * height
+    hull = (max(ax + aw / 2, bx + bw / 2) - min(ax - aw / 2, bx - bw / 2)) \
+        * (max(ay + ah / 2, by + bh / 2) - min(ay - ah / 2, by - bh / 2))
+    return width * height / union - (hull - union) / hull
+
+
+def test_losses_equal_their_definitions_written_out():
+    """Three queries; an image with two objects and one with five, of which two stay without a query; two
+    layers. Sums over queries and classes, divided by the five matches of a layer."""
+    g = torch.Generator().manual_seed(1)
+    targets = [{"labels": torch.randint(4, (n,), generator=g), "boxes": torch.rand(n, 4, generator=g) * 0.4
+                + 0.1} for n in (2, 5)]
+    layers = [{"pred_logits": torch.randn(2, 3, 4, generator=g),
+               "pred_boxes": torch.rand(2, 3, 4, generator=g) * 0.4 + 0.1} for _ in range(2)]
+    expected = dict.fromkeys(("loss_class", "loss_bbox", "loss_giou"), 0.0)
+    for layer in layers:
+        pairs = match(layer["pred_logits"], layer["pred_boxes"], targets)
+        assert [len(q) for q, _ in pairs] == [2, 3]
+        for i, (query, target) in enumerate(pairs):
+            true_class = {q: targets[i]["labels"][t].item() for q, t in zip(query.tolist(), target.tolist())}
+            for q, k in itertools.product(range(3), range(4)):
+                p = layer["pred_logits"][i, q, k].double().sigmoid().item()
+                expected["loss_class"] += 2 / 5 * (-0.25 * (1 - p) ** 2 * np.log(p) if true_class.get(q) == k
+                                                   else -0.75 * p ** 2 * np.log(1 - p))
+            for q, t in zip(query, target):
+                box, true = layer["pred_boxes"][i, q], targets[i]["boxes"][t]
+                expected["loss_bbox"] += 5 / 5 * (box - true).abs().sum().item()
+                expected["loss_giou"] += 2 / 5 * (1 - box_giou(box, true))
+    losses = detection_loss({**layers[-1], "aux_outputs": layers[:-1]}, targets)
+    assert {k: v.item() for k, v in losses.items()} == pytest.approx(expected, rel=1e-5)
+
+
 def test_match_is_the_cheapest_of_all_assignments():
     """The cost written out for single pairs, every assignment tried: 4 queries, 3 objects."""
     g = torch.Generator().manual_seed(3)
     logits, boxes = torch.randn(1, 4, 6, generator=g), torch.rand(1, 4, 4, generator=g) * 0.4 + 0.1
     labels, true = torch.tensor([5, 0, 5]), torch.rand(3, 4, generator=g) * 0.4 + 0.1
-
-    def box_giou(a, b):
-        (ax, ay, aw, ah), (bx, by, bw, bh) = a.tolist(), b.tolist()
-        width = max(0, min(ax + aw / 2, bx + bw / 2) - max(ax - aw / 2, bx - bw / 2))
-        height = max(0, min(ay + ah / 2, by + bh / 2) - max(ay - ah / 2, by - bh / 2))
-        union = aw * ah + bw * bh - width * height
-        hull = (max(ax + aw / 2, bx + bw / 2) - min(ax - aw / 2, bx - bw / 2)) \
-            * (max(ay + ah / 2, by + bh / 2) - min(ay - ah / 2, by - bh / 2))
-        return width * height / union - (hull - union) / hull
 
     def cost(q, t):
         p = logits[0, q, labels[t]].sigmoid().item()

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model import (VARIANTS, Classifier, Config, DecoderLayer, Detector, EncoderLayer, ImageTokens,
+from model import (VARIANTS, Classifier, Config, DecoderLayer, Detector, DropPath, EncoderLayer, ImageTokens,
                    InputError, TaskAdaptor, Tokenizer, sine_positions)
 from released import ReleasedAdaptor, released_layout
 
@@ -336,6 +336,13 @@ def test_stochastic_depth_and_dropout_reach_every_branch(kind, branches):
     for i in range(3 - branches, 3):
         expected = norm(expected, layer.state_dict(), f"norm{i}")
     torch.testing.assert_close(layer(tokens, *rest)[0, 0], expected, rtol=0, atol=1e-12)
+
+
+def test_stochastic_depth_keeps_the_mean():
+    torch.manual_seed(0)
+    left = DropPath(0.4)(torch.ones(20_000, 1, 1))
+    assert sorted(left.unique().tolist()) == pytest.approx([0, 1 / 0.6])
+    assert left.mean().item() == pytest.approx(1, abs=0.03)  # 5 standard errors: 0.029
 
 
 @torch.no_grad()
