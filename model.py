@@ -353,24 +353,27 @@ class Encoder(nn.Module):
             if adapt is not None:
                 extra, memory = adapt(extra, memory, len(states))
             prompts = extra.references[:, :, None, :2] * image.valid_ratios[:, None]  # (B, E, 4, 2)
-            tokens, positions, references = extra.content, extra.positions, prompts
-            if layer is not self.layers[-1] and not isinstance(layer, DecoderLayer):
-                # Order of Eq. 1 and 4, extra tokens first (the released code puts them last; no effect). The
-                # last layer updates the extra tokens alone: nobody would read its image tokens.
-                tokens = torch.cat([tokens, memory], 1)  # (B, E + N, D)
-                positions = torch.cat([positions, image.positions], 1)
-                references = torch.cat([references, image.references], 1)
-            tokens = self.run(layer, tokens, positions, references, memory, image)
-            count = extra.content.shape[1]
-            extra = replace(extra, content=tokens[:, :count])
-            memory = tokens[:, count:] if tokens.shape[1] > count else memory
+            content, memory = self.run(self.together, layer, extra.content, extra.positions, prompts, memory,
+                                       image)
+            extra = replace(extra, content=content)
             states.append(extra)
         return states, memory
 
-    def run(self, layer: nn.Module, *inputs) -> Tensor:
+    def together(self, layer: EncoderLayer, extra: Tensor, positions: Tensor, prompts: Tensor,
+                 memory: Tensor, image: ImageTokens) -> tuple[Tensor, Tensor]:
+        """A layer that holds extra tokens: (B, E, D) and the image tokens (B, N, D) -> both, updated."""
+        if isinstance(layer, DecoderLayer) or layer is self.layers[-1]:
+            # The last layer updates the extra tokens alone, too: nobody would read its image tokens.
+            return layer(extra, positions, prompts, memory, image), memory
+        # Order of Eq. 1 and 4, extra tokens first (the released code puts them last; no effect).
+        tokens = layer(torch.cat([extra, memory], 1), torch.cat([positions, image.positions], 1),
+                       torch.cat([prompts, image.references], 1), memory, image)  # (B, E + N, D)
+        return tokens[:, :extra.shape[1]], tokens[:, extra.shape[1]:]
+
+    def run(self, function: Callable, *inputs) -> Tensor | tuple[Tensor, Tensor]:
         if self.checkpointing and self.training:
-            return checkpoint(layer, *inputs, use_reentrant=False)
-        return layer(*inputs)
+            return checkpoint(function, *inputs, use_reentrant=False)
+        return function(*inputs)
 
 
 # ------------------------------------------------------------------------------------------------ the models
