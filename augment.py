@@ -134,8 +134,8 @@ def smooth_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor
 
 def mix(images: Tensor, targets: Tensor, rng: np.random.Generator, mixup: float = 0.8,
         cutmix: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Mixup or CutMix, each half of the time (the other always if one of them is 0), of every picture with
-    its mirror image in the batch's order, at one ratio for the batch: lambda ~ Beta(alpha, alpha). In place.
+    """Mixup or CutMix, each half of the time (the other always if one of them is 0), of picture i with
+    picture B - 1 - i, at one ratio for the batch: lambda ~ Beta(alpha, alpha). Changes `images` in place.
 
     Mixup blends: lambda x + (1 - lambda) partner (Zhang et al. 2018). CutMix pastes a box of the partner, of
     relative side sqrt(1 - lambda) around a uniform centre, clipped; lambda is then what the box really

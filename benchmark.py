@@ -4,6 +4,7 @@ paper's experiments cost, by arithmetic: python benchmark.py.
 The stages hand over their own training step and loader, so that what is measured is what trains. Nothing is
 written; the weights that the steps change are thrown away.
 """
+import argparse
 import json
 import resource
 import time
@@ -171,6 +172,8 @@ def memory_table() -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description="Prints what the paper's experiments cost in FLOP and A100 hours, "
+                            "and what training keeps in memory, by arithmetic.").parse_args()
     print(f"A100 hours = 3 (forward and backward) x FLOP x images x epochs / ({UTILISATION:.0%} of "
           f"{A100_FLOPS / 1e12:.0f} TFLOP/s)\n{cost_table()}\n\n"
           f"activations of one image of 800 x 1333 pixels, bfloat16, dropout 0.1\n{memory_table()}")

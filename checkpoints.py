@@ -5,6 +5,7 @@ last.pt, from which a run goes on, also holds optimiser, epoch and step. See rel
 """
 import argparse
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,9 +39,17 @@ def save_checkpoint(path: Path, content: dict) -> None:
 
 def describe(model: nn.Module, args: argparse.Namespace, classes: list[str], stage: str) -> dict:
     """The part of a checkpoint from which a model can be built again."""
-    return {"stage": stage, "config": asdict(model.encoder.config), "layout": args.layout,
-            "classes": classes,
-            "model": model.state_dict(), "args": plain_flags(args)}
+    return {"stage": stage, "kind": type(model).__name__, "config": asdict(model.encoder.config),
+            "layout": args.layout, "classes": classes, "model": model.state_dict(),
+            "args": plain_flags(args)}
+
+
+def check_kind(content: dict, model: nn.Module, path: str | Path) -> None:
+    """InputError unless the checkpoint is of the model's class: that of a fork may fit ours to the letter,
+    and yet compute something else."""
+    kind = content.get("kind", type(model).__name__)  # older ones do not say
+    if kind != type(model).__name__:
+        raise InputError(f"{path} holds a {kind}, not a {type(model).__name__}: use the script that made it")
 
 
 def plain_flags(args: argparse.Namespace) -> dict:
@@ -56,12 +65,13 @@ FREE_ON_RESUME = {"resume", "overwrite", "out", "pretrained", "init", "compile",
                   "split", "limit_val"}
 
 
-def load_resumed(args: argparse.Namespace, stage: str, classes: list[str]) -> dict:
+def load_resumed(model: nn.Module, args: argparse.Namespace, stage: str, classes: list[str]) -> dict:
     """The run folder's last.pt, if it was made by the same stage with the same flags on the same classes."""
     path = args.out / "last.pt"
     state = load_checkpoint(path)
     if state.get("stage") != stage or "optimizer" not in state:
         raise InputError(f"{path} cannot be resumed by this script: it is no last.pt of it")
+    check_kind(state, model, path)
     if state["classes"] != classes:
         raise InputError(f"{path} was trained on {len(state['classes'])} classes, the data have "
                          f"{len(classes)} "
@@ -76,16 +86,17 @@ def load_resumed(args: argparse.Namespace, stage: str, classes: list[str]) -> di
     return state
 
 
-def build(kind: type[Classifier] | type[Detector], config: Config, layout: str,
+def build(kind: Callable[[Config, int], Classifier | Detector], config: Config, layout: str,
           num_classes: int) -> Classifier | Detector:
     """A fresh model of a layout, "paper" or "released"."""
     model = kind(config, num_classes)
     return released_layout(model) if layout == "released" else model
 
 
-def load_detector(path: str | Path, kind: type[Detector] = Detector) -> tuple[Detector, dict]:
-    """A detector from a checkpoint of ours, of class `kind`, or of the authors, in eval mode, with
-    {"classes", "layout", "config"}. InputError if it is neither."""
+def load_detector(path: str | Path,
+                  kind: Callable[[Config, int], Detector] = Detector) -> tuple[Detector, dict]:
+    """A detector in eval mode from a checkpoint of ours, made by `kind`, or of the authors (whatever `kind`
+    is), with {"classes", "layout", "config"}. InputError if it is neither."""
     content = load_checkpoint(path)
     if is_released(content):
         detector = load_released(content)
@@ -97,6 +108,7 @@ def load_detector(path: str | Path, kind: type[Detector] = Detector) -> tuple[De
         raise InputError(f"{path} holds no detector: give a checkpoint of finetune.py or a released one")
     try:
         detector = build(kind, Config(**content["config"]), content["layout"], len(content["classes"]))
+        check_kind(content, detector, path)
         detector.load_state_dict(content["model"])
     except (KeyError, TypeError, RuntimeError) as e:
         raise InputError(f"{path} is not a whole checkpoint of finetune.py: "
@@ -168,7 +180,7 @@ def load_weights(model: Classifier | Detector, args: argparse.Namespace, stage: 
     """A fresh model's weights: of the run to be resumed, whose last.pt is returned, or of `pretrained`,
     or neither. InputError as in `load_resumed` and `load_pretrained`."""
     if args.resume:
-        state = load_resumed(args, stage, classes)
+        state = load_resumed(model, args, stage, classes)
         model.load_state_dict(state["model"])
         return state
     if pretrained:

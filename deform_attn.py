@@ -1,5 +1,5 @@
-"""Multi-scale deformable attention (Deformable DETR, Eq. 3), the one operator in which FP-DETR's layers
-differ from a ViT's.
+"""Multi-scale deformable attention (Deformable DETR, Eq. 3), which FP-DETR's layers have where a ViT has
+self-attention.
 
 Every token looks at a few points around its reference point, on every level of the feature pyramid, instead
 of at all tokens. This file holds the operator and the module around it; it knows nothing of images, queries
@@ -210,9 +210,9 @@ class MSDeformAttn(nn.Module):
                 padding_mask: Tensor | None = None) -> Tensor:
         """
         Args:
-            query: (B, Q, D), position already added. reference_points: (B, Q, L, 2), see `ms_deform_attn`.
-            memory: (B, S, D), what is sampled from. padding_mask: (B, S), True where a token is padding, or
-                None.
+            query: (B, Q, D), position already added. reference_points: (B, Q, L, 2) and spatial_shapes: see
+                `ms_deform_attn`. memory: (B, S, D), what is sampled from. padding_mask: (B, S), True where a
+                token is padding, or None.
         Returns:
             (B, Q, D)
         """

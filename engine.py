@@ -27,6 +27,14 @@ from model import VARIANTS, InputError
 
 # ----------------------------------------------------------------------------------------------------- flags
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of each flag that has one, unless its text says it in other words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        plain = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
+        return action.help + ("" if plain else " (default: %(default)s)")
+
+
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every training stage has; their defaults are the paper's fine-tuning on COCO."""
     parser.add_argument("--variant", choices=VARIANTS, default="tiny",
@@ -41,10 +49,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
                         help="images per step, over all GPUs (4.1)")
     parser.add_argument("--micro-batch", type=positive, default=2,
                         help="images that one GPU holds at once; the batch is accumulated from as many as "
-                             "needed. The gradient is the same; larger is faster and needs more memory")
+                             "needed. Larger is faster and needs more memory; the gradient is the same, but "
+                             "for the dropout drawn")
     parser.add_argument("--lr", type=rate, default=1e-4, help="initial learning rate (4.1)")
     parser.add_argument("--weight-decay", type=rate, default=1e-4,
-                        help="AdamW's, on all parameters (released code)")
+                        help="AdamW's; in fine-tuning on all parameters (released code), in "
+                             "pre-training not on norms and biases (DeiT)")
     parser.add_argument("--activation-checkpointing", action="store_true",
                         help="keep only the layers' inputs and compute the rest again for the backward "
                              "pass: less memory, more time, the same gradient")
@@ -52,7 +62,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
                         help="instead of training, measure the loader, training, and the parts of its "
                              "steps, each for so many seconds (default: 15)")
     parser.add_argument("--eval-every", type=positive, default=1, help="epochs between evaluations")
-    parser.add_argument("--limit-train", type=positive, help="use the first N training images only")
+    parser.add_argument("--limit-train", type=positive,
+                        help="use the first N training images only (pre-training: taken in turn from the "
+                             "classes)")
     parser.add_argument("--out", type=Path, help="folder of this run (default: runs/STAGE-VARIANT-DATA)")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.pt, exactly")
     parser.add_argument("--overwrite", action="store_true", help="replace what the run folder holds")
@@ -68,12 +80,14 @@ def add_data_flags(parser: argparse.ArgumentParser, data: str = DETECTION_DATA,
     parser.add_argument("--data", default="shapes", help=data)
     parser.add_argument("--data-root", help=root)
     parser.add_argument("--image-size", type=positive, default=800,
-                        help="short side at test time; all sizes of the training recipe scale with it")
+                        help="short side at test time; all sizes of the training recipe scale with it "
+                             "(pre-training: side of the square)")
     parser.add_argument("--limit-val", type=positive, help="evaluate on the first N images only")
     parser.add_argument("--split", choices=("val", "train"), default="val",
                         help="which images to evaluate on")
     parser.add_argument("--seed", type=natural, default=0,
-                        help="of weights, data order, augmentation and dropout")
+                        help="of weights, data order, augmentation, dropout; in an evaluation of the "
+                             "corruptions")
     parser.add_argument("--workers", type=natural, default=min(8, os.cpu_count() or 1),
                         help="data loading processes per GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available()
@@ -132,7 +146,9 @@ def run_script(main: Callable, **options) -> None:
         end(2, f"error: {str(e).splitlines()[-1].rpartition('InputError: ')[2]}")
     except torch.OutOfMemoryError:
         end(2, "error: the GPU's memory is full: give a smaller --micro-batch (the same batch, accumulated "
-               "in parts)")
+               "in parts); in an evaluation, a smaller --batch-size")
+    except FloatingPointError:  # of --benchmark; a training run names the module and the images
+        end(2, "error: the loss is not finite: try a lower --lr")
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):  # it raises plain RuntimeErrors
             raise

@@ -32,7 +32,7 @@ from data import DetectionSet, detection_set
 from hf import load_hugging_face
 from images import read_image, to_tensor
 from inference import METRICS, Scorer, best_boxes, coco_metrics, detect, detect_image, resize_to_test
-from model import Detector, InputError, pad_to_multiple
+from model import Config, Detector, InputError, pad_to_multiple
 from pictures import Watch, attention_picture, corruption_chart, draw, grid, picture_results
 from report import markdown, read_json, write_json
 from tables import HEADERS, PAPER, corruption_row, paper_table
@@ -112,9 +112,12 @@ def report_corruptions(state: dict, paper: str | None, args: argparse.Namespace)
     rows = {"this model": row, **({f"paper, {paper}": PAPER[4][paper]} if paper else {})}
     corruption_chart(NAMES, row, clean, PAPER[4][paper] if paper else None, args.out / "corruptions.png")
     seconds = ", ".join(f"{k} {v:.0f} s" for k, v in state["seconds"].items())
+    passes = sum(map(len, state["corruptions"].values()))
+    partial_mean = "" if passes == 5 * len(NAMES) else (
+        f", of {passes} of the {5 * len(NAMES)} corruptions and severities only")
     return (f"{markdown('Table 4', HEADERS[4], list(rows.items()))}\n"
             f"clean AP {clean:.1f}, mean under corruption (mPC) {row[0]:.1f}, "
-            f"relative (rPC) {100 * row[0] / clean if clean else 0:.1f} %\n"
+            f"relative (rPC) {100 * row[0] / clean if clean else 0:.1f} %{partial_mean}\n"
             f"waited for: {seconds}; peak memory {state['memory'][0]} MiB after the first pass, "
             f"{state['memory'][-1]} MiB after the last")
 
@@ -145,7 +148,7 @@ def draw_attention(model: torch.nn.Module, image: Image.Image, classes: list[str
     """Where the `--attention` best detections on a picture looked, layer by layer (3.3: positions as visual
     prompts)."""
     config, pixels = model.encoder.config, to_tensor(resize_to_test(image, args))[None].to(device)
-    with Watch(model, config.queries) as watch:
+    with Watch(model, config.queries) as watch, engine.autocast(args, device):
         found = best_boxes(model(pixels), [image.size])[0]
     once = sorted({q: i for i, q in reversed(list(enumerate(found["queries"].tolist())))}.values())
     found = {k: v[once[:args.attention]] for k, v in found.items()}  # a query may be there with two classes
@@ -185,12 +188,12 @@ def make_folder(path: Path) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=engine.Help)
     parser.add_argument("checkpoint", nargs="*", help="a checkpoint of finetune.py or of the authors; with "
                                                       "--table: run folders")
     parser.add_argument("--predictions", metavar="FILE", help="score this COCO result file instead")
     parser.add_argument("--model", metavar="hf:NAME", help="a detector of the transformers package instead")
-    engine.add_data_flags(parser)
+    engine.add_data_flags(parser, f"{engine.DETECTION_DATA} (default: what the checkpoint was trained on)")
     parser.set_defaults(data=None, image_size=None)
     parser.add_argument("--batch-size", type=engine.positive, default=1, help="images per forward pass")
     parser.add_argument("--out", type=Path, help="folder for results and pictures (default: evaluation/ "
@@ -261,9 +264,10 @@ def read_results(path: str, dataset: DetectionSet) -> list[dict]:
     return results
 
 
-def main(detector: type[Detector] = Detector,
+def main(detector: Callable[[Config, int], Detector] = Detector,
          read_data: Callable[..., DetectionSet] = detection_set) -> None:
-    """The command. A fork gives its own class of detectors, or what reads its own data, in place of ours."""
+    """The command. A fork gives what makes its own detectors, or what reads its own data, as in
+    finetune.py."""
     args = parse()
     if args.table:
         print(paper_table(args.table, args.checkpoint))
@@ -275,9 +279,9 @@ def main(detector: type[Detector] = Detector,
     if args.images:
         model = model or load_hugging_face(args.model[3:])
         return draw_files(model.to(device), info.get("classes") or model.classes, args, device)
-    dataset = read_data(args.data or trained.get("data", "coco"), args.split,
-                        args.data_root or trained.get("data_root"), args.limit_val, args.image_size,
-                        cache=args.out)
+    dataset = read_data(data=args.data or trained.get("data", "coco"), split=args.split,
+                        root=args.data_root or trained.get("data_root"), limit=args.limit_val,
+                        image_size=args.image_size, cache=args.out)
     if args.predictions:
         results = read_results(args.predictions, dataset)
     elif args.model:

@@ -11,6 +11,7 @@ paper says (4.1); details on which the paper is silent follow the authors' relea
 import argparse
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -27,8 +28,8 @@ import engine
 import run_folder
 from benchmark import benchmark
 from data import DetectionSet, detection_set, micro_batches
-from inference import METRICS, coco_metrics, detect
-from model import VARIANTS, Detector, InputError
+from inference import METRICS, coco_metrics, corners, detect
+from model import VARIANTS, Config, Detector, InputError
 from pictures import picture_results
 from report import markdown, mean_and_deviation, write_json
 from shapes import COLOURS
@@ -38,12 +39,6 @@ FOCAL_ALPHA = 0.25  # and gamma 2, written out as squares below
 
 
 # --------------------------------------------------------------------------------------- matching and losses
-
-def corners(boxes: Tensor) -> Tensor:
-    """(..., 4) cxcywh -> xyxy"""
-    centre, size = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([centre - size / 2, centre + size / 2], -1)
-
 
 def giou(a: Tensor, b: Tensor) -> Tensor:
     """Generalised IoU of cxcywh boxes, broadcasting (..., 4) against (..., 4). The released code takes it in
@@ -100,13 +95,14 @@ def detection_loss(outputs: dict, targets: list[dict], num_matches: float | Tens
         outputs: of a Detector. targets: as in `match`, on the same device.
         num_matches: by which all losses are divided, number or scalar tensor: matched queries of one layer
             in the *total* batch, of all micro-batches and processes (1 if there are none). By default those
-            of `targets`.
+            of `targets`. (Released code; Deformable DETR divides by the number of objects, which is the same
+            unless an image has more of them than there are queries.)
         mark: called as mark("matching") when that is done, to measure it.
     Returns:
         {"loss_class", "loss_bbox", "loss_giou"}: scalars, already weighted 2, 5, 2.
     """
     layers = [*outputs["aux_outputs"], outputs]
-    # (6 B, Q, K): the layers as one large batch, matched at once
+    # (layers * B, Q, K): the layers as one large batch, matched at once
     logits = torch.cat([o["pred_logits"] for o in layers])
     boxes = torch.cat([o["pred_boxes"] for o in layers])
     if num_matches is None:
@@ -114,7 +110,7 @@ def detection_loss(outputs: dict, targets: list[dict], num_matches: float | Tens
     num_matches = torch.as_tensor(num_matches, dtype=torch.float32).clamp(min=1).to(logits.device)
     pairs = match(logits.detach(), boxes.detach(), targets * len(layers))
     mark("matching")
-    # where an image's objects start
+    # the number of objects in the images before, by which target indices become those of the whole batch
     first = list(itertools.accumulate([0] + [len(t["labels"]) for t in targets]))
     index = torch.cat([torch.stack([torch.full_like(q, i), q, t + first[i % len(targets)]])
                        for i, (q, t) in enumerate(pairs)], 1)
@@ -135,7 +131,7 @@ def detection_loss(outputs: dict, targets: list[dict], num_matches: float | Tens
 
 # ---------------------------------------------------------------------------------------------------- recipe
 
-# Cityscapes (4.2, Table 5): batch 8. The paper gives no learning rate for it; the released code has 2e-4 for
+# Cityscapes (4.5, Table 5): batch 8. The paper gives no learning rate for it; the released code has 2e-4 for
 # Lite, else 1e-4.
 CITYSCAPES_RECIPE = dict(batch_size=8)
 # What the embedded data change in the paper's recipe: a small model, from scratch, in minutes.
@@ -146,27 +142,30 @@ SHAPES_RECIPE = dict(epochs=14, batch_size=16, micro_batch=16, lr=1e-3, schedule
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=engine.Help,
         epilog="The defaults are the paper's. With --data cityscapes they are instead: --batch-size 8, --lr "
         f"2e-4 for lite. With --data shapes or shapes-hard: {engine.as_flags(SHAPES_RECIPE)}")
     engine.add_run_flags(parser)
     engine.add_data_flags(parser)
     parser.add_argument("--pretrained",
                         help="checkpoint to start from: of pretrain.py, of finetune.py or released")
-    parser.add_argument("--queries", type=int, help="number of object queries (paper: 300; tiny: 50)")
+    parser.add_argument("--queries", type=int,
+                        help="number of object queries (default: the variant's, 300 in the paper, 50 in "
+                             "tiny)")
     parser.add_argument("--adaptor", choices=("self-attention", "bilstm", "none"),
                         help="task adaptor (Eq. 5, Table 3; default: self-attention, none in an "
                              "encoder-decoder)")
     parser.add_argument("--adaptor-per-layer", action="store_true",
                         help="a task adaptor for each layer that holds queries, not one for all (Table 3)")
     parser.add_argument("--dropout", type=engine.fraction, default=0.1,
-                        help="released code; the paper is silent")
+                        help="its probability, in every layer (released code)")
     parser.add_argument("--augment", choices=("paper", "flip", "none"), default="paper",
                         help="paper: flip, random sizes and crops, as Deformable DETR")
     parser.add_argument("--schedule", choices=("step", "one-cycle"), default="step",
-                        help="step: x0.1 at --lr-drop (4.1); one-cycle: up in the first tenth, then a "
-                             "cosine to 0")
-    parser.add_argument("--lr-drop", type=int, default=40, help="epoch after which lr is x0.1 (4.1)")
+                        help="step: x0.1 at --lr-drop (4.1); one-cycle: linearly up from 1/25 in the "
+                             "first tenth of the steps, then a cosine to 0 (ours)")
+    parser.add_argument("--lr-drop", type=engine.positive, default=40,
+                        help="epoch after which lr is x0.1 (4.1: 40 of 50); of --schedule step only")
     parser.add_argument("--backbone-lr", type=engine.rate, default=0.1,
                         help="factor on lr for the tokenizer's convolutions and norms (released code; 1 is "
                              "better from scratch)")
@@ -174,7 +173,7 @@ def parse() -> argparse.Namespace:
                         help="factor on lr for the projections that give sampling offsets and reference "
                              "points (Deformable DETR)")
     parser.add_argument("--clip", type=engine.rate, default=0.1,
-                        help="largest L2 norm of the gradient (released code)")
+                        help="largest L2 norm of the gradient (released code); 0 for any")
     parser.add_argument("--seeds", type=engine.positive, default=1,
                         help="train with this many seeds, from --seed on, one after another; finished ones "
                              "are collected, unfinished ones resumed. Prints mean and deviation as Table 5 "
@@ -188,6 +187,8 @@ def parse() -> argparse.Namespace:
     args.adaptor = args.adaptor or ("none" if args.structure == "encoder-decoder" else "self-attention")
     if args.seeds > 1 and args.resume:
         parser.error("--seeds resumes what is unfinished by itself: leave --resume away")
+    if args.schedule == "step" and args.lr_drop >= args.epochs and "--epochs" in " ".join(sys.argv):
+        print(f"note: --lr-drop {args.lr_drop} is never reached in {args.epochs} epochs (paper: 40 of 50)")
     return args
 
 
@@ -206,9 +207,10 @@ def optimizer_of(model: Detector, args: argparse.Namespace) -> torch.optim.AdamW
 
 def train_step(model: Detector, optimizer: Optimizer, batch: list, args: argparse.Namespace,
                device: torch.device, mark: Callable[[str], None] = engine.no_mark) -> dict[str, Tensor]:
-    """One step on this process's share of the total batch, given as micro-batches. Returns its share of the
-    losses. Raises FloatingPointError, before any weight is changed, if they are not finite. `mark`: called
-    with the name of each part of the step when it is done."""
+    """One step on this process's share of the total batch, given as micro-batches [(images (B, 3, H, W),
+    padding mask (B, H, W) or None, targets as in `match`)]. Returns its share of the losses. Raises
+    FloatingPointError, before any weight is changed, if they are not finite. `mark`: called with the name of
+    each part of the step when it is done."""
     batch = [(images.to(device, non_blocking=True), None if mask is None
               else mask.to(device, non_blocking=True),
               [{k: t[k].to(device, non_blocking=True) for k in ("labels", "boxes")} for t in targets])
@@ -235,7 +237,8 @@ def train_step(model: Detector, optimizer: Optimizer, batch: list, args: argpars
     if not math.isfinite(loss_so_far()):
         raise FloatingPointError
     engine.sum_gradients(model)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+    if args.clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
     optimizer.step()
     mark("optimiser")
     return totals
@@ -244,24 +247,22 @@ def train_step(model: Detector, optimizer: Optimizer, batch: list, args: argpars
 def evaluate_epoch(model: Detector, dataset: DetectionSet, args: argparse.Namespace, device: torch.device,
                    run: run_folder.Run) -> dict[str, float]:
     """The validation scores of `coco_metrics`; leaves a picture of detections in the run's folder."""
-    # In the released layout, GroupNorm sees the padding of a batch, so its authors test images one by one.
-    batch_size = 1 if args.layout == "released" else args.micro_batch
     with run.interruptible():
-        results = detect(model, dataset, args, device, batch_size)
+        results = detect(model, dataset, args, device, args.micro_batch)
         metrics = coco_metrics(dataset.ground_truth, results)
     if not engine.rank():
         picture_results(dataset, results).save(run.folder / "detections.png")
     return metrics
 
 
-def prepare(args: argparse.Namespace, device: torch.device, detector: type[Detector],
+def prepare(args: argparse.Namespace, device: torch.device, detector: Callable[[Config, int], Detector],
             read_data: Callable[..., DetectionSet]
             ) -> tuple[DetectionSet, DetectionSet, Detector, dict | None]:
     """Everything that can fail on bad input, before anything is written: training and validation set, model,
     and the checkpoint of a run that goes on."""
     root = dict(root=args.data_root, image_size=args.image_size, seed=args.seed, cache=args.out)
-    train = read_data(args.data, "train", limit=args.limit_train, augment=args.augment, **root)
-    val = read_data(args.data, args.split, limit=args.limit_val, **root)
+    train = read_data(data=args.data, split="train", limit=args.limit_train, augment=args.augment, **root)
+    val = read_data(data=args.data, split=args.split, limit=args.limit_val, **root)
     if train.classes != val.classes:
         raise InputError(f"{train.name} and {val.name} have different categories: "
                          f"{sorted(set(train.classes) ^ set(val.classes)) or 'in another order'}")
@@ -280,8 +281,8 @@ def prepare(args: argparse.Namespace, device: torch.device, detector: type[Detec
 def train_epoch(model: Detector, optimizer: Optimizer, loader: DataLoader, step: int,
                 args: argparse.Namespace, device: torch.device, run: run_folder.Run,
                 save: Callable[[int, int], None], bar: tqdm) -> int:
-    """The rest of an epoch, from the steps taken since the start of the run to those after it; logs every
-    tenth."""
+    """Trains the remaining steps of an epoch and logs every tenth. `step`: how many the run has taken so far
+    -> the new number."""
     model.train()
     sampler, steps, meters = loader.batch_sampler, len(loader), run_folder.Mean()
     sampler.skip = step - sampler.epoch * steps
@@ -321,7 +322,7 @@ def images_seen(step: int, steps: int, args: argparse.Namespace, length: int) ->
     return step // steps * length + min(step % steps * args.batch_size, length)
 
 
-def train(args: argparse.Namespace, device: torch.device, detector: type[Detector],
+def train(args: argparse.Namespace, device: torch.device, detector: Callable[[Config, int], Detector],
           read_data: Callable[..., DetectionSet]) -> dict:
     """One run, to its end. Returns what it leaves in metrics.json."""
     torch.manual_seed(args.seed)
@@ -381,9 +382,10 @@ def finish(model: Detector, val: DetectionSet, origin: dict, metrics: dict, args
     return summary
 
 
-def main(detector: type[Detector] = Detector,
+def main(detector: Callable[[Config, int], Detector] = Detector,
          read_data: Callable[..., DetectionSet] = detection_set) -> None:
-    """The command. A fork gives its own class of detectors, or what reads its own data, in place of ours."""
+    """The command. A fork gives what makes its own detectors of (config, number of classes), or what reads
+    its own data, with the arguments of `data.detection_set` by keyword, in place of ours."""
     args = parse()
     device = engine.setup(args)
     if args.benchmark:

@@ -157,7 +157,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times FP-DETR-Lite and Deformable DETR R50 of transformers"
                                      ", random weights, 80 classes, float32, side by side on this machine.")
     parser.add_argument("--benchmark", action="store_true", required=True, help="the only thing to do here")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"),
+                        default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=engine.positive, default=10, help="shown is the median of so many")
     parser.add_argument("--dropout", type=engine.fraction, default=0.1, help="of both models in training")
     parser.set_defaults(amp="off", clip=0.1, seed=0)  # what engine and finetune.train_step read

@@ -6,8 +6,12 @@ With one extra token, the class token, the answer is an image class (`Classifier
 mechanism here, and the encoder's state dict passes from one to the other with strict=True. Losses, data and
 training are elsewhere.
 
-Where the paper is silent, the authors' released code decides; where the two differ, the paper does, and a
-comment says so. `released.py` turns a model of this file into the released layout.
+Where the paper is silent, the authors' released code decides; where the two differ, the paper does (but for
+positions, see EncoderLayer), and a comment says so. `released.py` turns a model of this file into the
+released layout. This is the one file of more than 400 lines, so that Section 3 can be read in one go.
+
+Shapes: B images, N image tokens, E extra tokens (Q where they are queries, the paper's N_q), D channels, K
+classes; in attention M heads of C channels, L levels, P points.
 """
 import math
 from collections.abc import Callable
@@ -30,7 +34,7 @@ class Config:
     mlp_dim: int = 1024       # hidden channels of a layer's MLP
     heads: int = 8            # M, attention heads
     tokenizer_dim: int = 192  # D0, channels inside the tokenizer (A.1)
-    layers: int = 12          # T
+    layers: int = 12          # the paper's T
     entry_layer: int = 7      # the first layer that sees the extra tokens, counted from 1 (4.1, after CaiT)
     points: int = 4           # P, sampling points per head and level (4.1); there are always four levels
     queries: int = 300        # N_q, object queries of a detector (4.1)
@@ -63,7 +67,7 @@ class Config:
 
     @property
     def extra_layers(self) -> int:
-        """How many layers hold the extra tokens: the last six (4.1)."""
+        """How many layers hold the extra tokens: the last six in the paper (4.1), three in ours for CPUs."""
         return self.layers - self.entry_layer + 1
 
 
@@ -89,7 +93,7 @@ class Tokenizer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         d0 = config.tokenizer_dim
-        chain = ((3, 8), (d0, 2), (d0, 2), (d0, 2))  # input channels, kernel size = stride
+        chain = ((3, 8), (d0, 2), (d0, 2), (d0, 2))  # (input channels, kernel size); strides are the same
         self.convs = nn.ModuleList(nn.Conv2d(channels, d0, k, stride=k) for channels, k in chain)
         self.norms = nn.ModuleList(nn.LayerNorm(d0, eps=1e-6) for _ in self.convs)  # eps as released
         self.projections = nn.ModuleList(nn.Linear(d0, config.dim) for _ in self.convs)
@@ -111,7 +115,7 @@ class Tokenizer(nn.Module):
 
 def sine_positions(valid: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """Sine embedding of each token's place, counted over valid tokens and scaled to [0, 2 pi] (as in
-    Deformable DETR). valid: (B, h, w) bool, False at padding -> (B, h, w, dim), first y, then x."""
+    Deformable DETR). valid: (B, h, w) bool, False at padding -> (B, h, w, dim) of `dtype`, y, then x."""
     places = []
     for axis in (1, 2):
         place = valid.cumsum(axis, dtype=dtype)  # 1, 2, 3, ... along the axis
@@ -140,7 +144,8 @@ class ExtraTokens:
     """The class tokens or the object queries of a batch, E of them."""
     content: Tensor     # (B, E, D)
     positions: Tensor   # (B, E, D), the visual prompts
-    references: Tensor  # (B, E, 2) as (x, y) in [0, 1] of the unpadded image; see `Detector.boxes` for more
+    references: Tensor  # (B, E, 2) as (x, y) in [0, 1] of the unpadded image; a fork that refines boxes may
+    #                     give (B, E, 4), as (x, y, w, h)
 
 
 class ExtraTokenEmbedding(nn.Module):
@@ -166,7 +171,8 @@ class ExtraTokenEmbedding(nn.Module):
 class TaskAdaptor(nn.Module):
     """The task adaptor of Eq. 5, before each layer that holds queries; by default self-attention among them,
     shared by these layers, else a Bi-LSTM along them (4.3, Table 3). The relations between objects, which
-    one class token could never learn in pre-training, come in here.
+    one class token could never learn in pre-training, come in here. (Eq. 5 has it before every layer, but
+    there are no queries before the 7th; and it updates the content only, as positions are not part of it.)
 
     Released code: the LayerNorm is one per layer and runs over the image tokens too (see released.py).
     Paper: nothing about a norm; we keep one on the queries, shared like the attention.
@@ -176,10 +182,7 @@ class TaskAdaptor(nn.Module):
         super().__init__()
         if config.adaptor == "bilstm":
             # Sized by neither paper nor code. With ours, D / 4 channels a direction, both added, Lite in the
-            # released layout rounds as Table 3, be it one per layer (11.41M) or one shared (10.50M), as it
-            # does with self-attention (11.90M, 10.58M); "none" (10.32M) is 11M in no layout. In this order,
-            # paper layout: 11.16, 10.25, 11.65, 10.33, 10.07M; as the authors count, with a masked fifth
-            # level in layers 7-12: 11.56, 10.65, 12.05, 10.73, 10.47M.
+            # released layout has Table 3's rounded number of parameters (README, "Parameters").
             self.lstm = nn.LSTM(config.dim, config.dim // 4, batch_first=True, bidirectional=True)
             self.projection = nn.Linear(config.dim // 4, config.dim)
             for weight in (p for p in self.parameters() if p.dim() == 2):  # as every matrix, released code
@@ -191,12 +194,13 @@ class TaskAdaptor(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.norm = nn.LayerNorm(config.dim)
 
-    def forward(self, extra: Tensor, positions: Tensor, image: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """extra, positions: (B, E, D); image: (B, N, D); step: 0 before the first layer with queries, then
-        1, 2, ... -> the new extra and image tokens (the latter unchanged)."""
-        return self.norm(self.relate(extra, positions)), image
+    def forward(self, extra: Tensor, positions: Tensor, memory: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """extra, positions: (B, E, D); memory: the image tokens (B, N, D); index: 0 before the first layer
+        with queries, then 1, 2, ... -> the new extra and image tokens (the latter unchanged)."""
+        return self.norm(self.relate(extra, positions)), memory
 
     def relate(self, extra: Tensor, positions: Tensor) -> Tensor:
+        """extra, positions: (B, E, D) -> (B, E, D), the queries with what they learnt of each other."""
         where = extra + positions
         if hasattr(self, "lstm"):
             forwards, backwards = self.lstm(where)[0].chunk(2, -1)  # (B, E, D / 4) each
@@ -209,8 +213,9 @@ class TaskAdaptor(nn.Module):
 class AdaptorPerLayer(nn.ModuleList):
     """Table 3 without sharing: every layer that holds queries has an adaptor of its own."""
 
-    def forward(self, extra: Tensor, positions: Tensor, image: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        return self[step](extra, positions, image, 0)  # its one layer is its first
+    def forward(self, extra: Tensor, positions: Tensor, memory: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """As of a TaskAdaptor."""
+        return self[index](extra, positions, memory, 0)  # its one layer is its first
 
 
 def build_adaptor(config: Config, kind: type[TaskAdaptor] = TaskAdaptor) -> nn.Module | None:
@@ -260,10 +265,11 @@ class EncoderLayer(nn.Module):
                 image: ImageTokens) -> Tensor:
         """
         Args:
-            tokens, positions: (B, T, D), the tokens to be updated. references: (B, T, 4, 2).
+            tokens, positions: (B, Q, D), the tokens to be updated. references: (B, Q, 4, 2), their reference
+                points on each level's map, padding included.
             memory: (B, N, D), the image tokens that they sample; `image` gives their shapes and padding.
         Returns:
-            (B, T, D)
+            (B, Q, D)
         """
         # 3.2 makes the extra tokens a fifth level and masks it, so that nobody attends to them. A masked
         # softmax gives that level weight 0; we leave it out instead: the same result exactly, for a fifth
@@ -315,11 +321,12 @@ class Encoder(nn.Module):
         levels = self.tokenizer(images)
         valid = [torch.ones(x.shape[:3], dtype=torch.bool, device=x.device) for x in levels]
         if padding_mask is not None:
-            # A token is valid if its top left pixel is: "nearest", as in Deformable DETR.
+            # "nearest", as in Deformable DETR: a token is valid if its top left pixel is, where the stride
+            # divides the side.
             valid = [~F.interpolate(padding_mask[:, None].float(), v.shape[1:])[:, 0].bool() for v in valid]
         dtype = self.level_embed.dtype
         shapes = [tuple(v.shape[1:]) for v in valid]
-        # (B, 2) as (w, h) for each level
+        # per level (B, 2), the width and height that are no padding
         counts = [torch.stack([v[:, 0].sum(1), v[:, :, 0].sum(1)], -1).to(dtype) for v in valid]
         valid_ratios = torch.stack([torch.stack([n[:, 0] / w, n[:, 1] / h], -1)
                                     for n, (h, w) in zip(counts, shapes)], 1)  # (B, 4, 2)
@@ -340,7 +347,8 @@ class Encoder(nn.Module):
         Args:
             images: (B, 3, H, W). padding_mask: (B, H, W), True at padding, or None if there is none.
             extra: the tokens that enter at `config.entry_layer`.
-            adapt: called before each layer that holds them, see `Detector.adapt`; None in pre-training.
+            adapt: adapt(extra, image tokens, index) -> both, called before each layer that holds them, see
+                `Detector.adapt`; None in pre-training.
         Returns:
             the extra tokens after each layer that holds them; the image tokens (B, N, D) that the last of
             these layers sampled.
@@ -348,29 +356,30 @@ class Encoder(nn.Module):
         image = self.embed(images, padding_mask)
         memory, states = image.content, []
         for layer in self.layers[:self.config.entry_layer - 1]:
-            memory = self.run(layer, memory, image.positions, image.references, memory, image)
+            memory = self.call(layer, memory, image.positions, image.references, memory, image)
         for layer in self.layers[self.config.entry_layer - 1:]:
             if adapt is not None:
                 extra, memory = adapt(extra, memory, len(states))
-            prompts = extra.references[:, :, None, :2] * image.valid_ratios[:, None]  # (B, E, 4, 2)
-            content, memory = self.run(self.together, layer, extra.content, extra.positions, prompts, memory,
-                                       image)
+            references = extra.references[:, :, None, :2] * image.valid_ratios[:, None]  # (B, E, 4, 2)
+            content, memory = self.call(self.with_extra_tokens, layer, extra.content, extra.positions,
+                                        references, memory, image)
             extra = replace(extra, content=content)
             states.append(extra)
         return states, memory
 
-    def together(self, layer: EncoderLayer, extra: Tensor, positions: Tensor, prompts: Tensor,
-                 memory: Tensor, image: ImageTokens) -> tuple[Tensor, Tensor]:
+    def with_extra_tokens(self, layer: EncoderLayer, extra: Tensor, positions: Tensor, references: Tensor,
+                          memory: Tensor, image: ImageTokens) -> tuple[Tensor, Tensor]:
         """A layer that holds extra tokens: (B, E, D) and the image tokens (B, N, D) -> both, updated."""
         if isinstance(layer, DecoderLayer) or layer is self.layers[-1]:
             # The last layer updates the extra tokens alone, too: nobody would read its image tokens.
-            return layer(extra, positions, prompts, memory, image), memory
+            return layer(extra, positions, references, memory, image), memory
         # Order of Eq. 1 and 4, extra tokens first (the released code puts them last; no effect).
         tokens = layer(torch.cat([extra, memory], 1), torch.cat([positions, image.positions], 1),
-                       torch.cat([prompts, image.references], 1), memory, image)  # (B, E + N, D)
+                       torch.cat([references, image.references], 1), memory, image)  # (B, E + N, D)
         return tokens[:, :extra.shape[1]], tokens[:, extra.shape[1]:]
 
-    def run(self, function: Callable, *inputs) -> Tensor | tuple[Tensor, Tensor]:
+    def call(self, function: Callable, *inputs) -> Tensor | tuple[Tensor, Tensor]:
+        """function(*inputs), of which training keeps the inputs only, if it is to save memory."""
         if self.checkpointing and self.training:
             return checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)
@@ -407,12 +416,13 @@ def pad_to_multiple(images: Tensor, padding_mask: Tensor | None,
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Of numbers in [0, 1]; those nearer to 0 or 1 than `eps` are taken to be there (Deformable DETR)."""
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
 class Detector(nn.Module):
     """Fine-tuning (3.3): the class token replaced by object queries, a task adaptor among them, two heads
-    shared by the supervised layers (deep supervision on all that hold queries: the last six, 4.1)."""
+    shared by the supervised layers (deep supervision on all that hold queries, the last six in 4.1)."""
 
     def __init__(self, config: Config, num_classes: int):
         super().__init__()
@@ -442,16 +452,17 @@ class Detector(nn.Module):
                     "pred_boxes": self.boxes(queries)} for queries in states]
         return {**outputs[-1], "aux_outputs": outputs[:-1]}
 
-    def adapt(self, queries: ExtraTokens, image: Tensor, step: int) -> tuple[ExtraTokens, Tensor]:
-        """Eq. 5. image: (B, N, D); step: how many layers with queries have passed -> both, as the next layer
-        is to take them."""
+    def adapt(self, queries: ExtraTokens, memory: Tensor, index: int) -> tuple[ExtraTokens, Tensor]:
+        """Eq. 5. memory: the image tokens (B, N, D); index: how many layers with queries have passed ->
+        both, as the next layer is to take them."""
         if self.adaptor is None:
-            return queries, image
-        content, image = self.adaptor(queries.content, queries.positions, image, step)
-        return replace(queries, content=content), image
+            return queries, memory
+        content, memory = self.adaptor(queries.content, queries.positions, memory, index)
+        return replace(queries, content=content), memory
 
     def boxes(self, queries: ExtraTokens) -> Tensor:
-        """(B, Q, 4) float32 cxcywh in [0, 1], predicted relative to the reference points."""
+        """(B, Q, 4) float32 cxcywh in [0, 1], predicted relative to the reference points: their centres, or
+        centres and sizes if these are given, too."""
         with torch.autocast(queries.content.device.type, enabled=False):
             start = inverse_sigmoid(queries.references)
             start = F.pad(start, (0, 4 - start.shape[-1]))  # nothing added to width and height

@@ -9,8 +9,9 @@ ImageNet-21k-P (A.3): the tree of its classes, then the training.
     python pretrain.py --build-tree T.json --is-a is_a.txt --classes synsets.txt
     torchrun --nproc_per_node=8 pretrain.py --data imagenet21k --tree T.json --init X.pt
 
-`finetune.py --pretrained` takes the encoder from the last.pt that this leaves. The authors released nothing
-of this stage: it follows the paper, DeiT (Touvron et al. 2021) and, for ImageNet-21k-P, Ridnik et al. 2021.
+`finetune.py --pretrained` takes the encoder from the last.pt that this leaves. The authors released no
+training code of this stage: it follows the paper, DeiT (Touvron et al. 2021) and, for ImageNet-21k-P, Ridnik
+et al. 2021.
 """
 import argparse
 import math
@@ -33,7 +34,7 @@ from augment import ClassificationTransform, mix, smooth_targets
 from benchmark import benchmark
 from data import ClassificationSet, classification_set
 from linear_baseline import linear_baseline
-from model import VARIANTS, Classifier, InputError
+from model import VARIANTS, Classifier, Config, InputError
 from pictures import picture_predictions
 from report import write_json
 from semantic import Tree, build_tree, load_tree, semantic_accuracy, semantic_softmax_loss
@@ -56,7 +57,7 @@ SHAPES_RECIPE = dict(epochs=4, batch_size=32, micro_batch=32, lr=1e-3, schedule=
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=engine.Help,
         epilog=f"The defaults are the paper's for ImageNet-1k. With --data imagenet21k they are instead: "
         f"{engine.as_flags(RECIPE_21K)}. With --data shapes or shapes-hard: "
         f"{engine.as_flags(SHAPES_RECIPE)}")
@@ -72,19 +73,22 @@ def parse() -> argparse.Namespace:
                         help="deit: random crop, flip, RandAugment, random erasing; 21k: Cutout, "
                              "RandAugment")
     parser.add_argument("--repeats", type=engine.positive, default=3,
-                        help="repeated augmentation: an epoch shows a third of the images, three times each")
+                        help="repeated augmentation: copies of an image in a row, each augmented anew; "
+                             "an epoch shows one in so many of the images")
     parser.add_argument("--erasing", type=engine.fraction, default=0.25,
                         help="probability of random erasing")
     parser.add_argument("--mixup", type=engine.rate, default=0.8, help="alpha of mixup; 0 for none")
     parser.add_argument("--cutmix", type=engine.rate, default=1.0, help="alpha of CutMix; 0 for none")
     parser.add_argument("--smoothing", type=engine.fraction, default=0.1, help="label smoothing")
     parser.add_argument("--drop-path", type=engine.fraction, default=0.1,
-                        help="stochastic depth, last layer")
+                        help="probability with which the last layer's branches are left out; from 0 in "
+                             "the first layer on, linearly (stochastic depth)")
     parser.add_argument("--tree", type=Path, help="train with the semantic softmax over this tree (A.3)")
     parser.add_argument("--schedule", choices=("cosine", "one-cycle"), default="cosine",
-                        help="cosine: after a warm-up, by epochs, as DeiT; one-cycle: by steps, as "
-                             "ImageNet-21k-P")
-    parser.add_argument("--warmup-epochs", type=engine.natural, default=5, help="of cosine")
+                        help="cosine: after a warm-up, by epochs, as DeiT; one-cycle: by steps, torch's, "
+                             "as ImageNet-21k-P")
+    parser.add_argument("--warmup-epochs", type=engine.natural, default=5,
+                        help="epochs of warm-up; of --schedule cosine only")
     parser.add_argument("--warmup-lr", type=engine.rate, default=1e-6, help="where cosine's warm-up starts")
     parser.add_argument("--min-lr", type=engine.rate, default=1e-5, help="where cosine ends")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model: slower start, "
@@ -123,8 +127,8 @@ def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int) -> 
     """At `step`, counted from 0 over the whole run.
 
     cosine (DeiT): constant within an epoch t; warm-up linear in t, then min + (lr - min)(1 + cos(pi t /
-    epochs)) / 2. one-cycle (Smith and Topin 2019, as Ridnik et al. use torch's OneCycleLR): from lr / 20 up
-    by a cosine in the first tenth of the steps, then down by one to lr / 200,000.
+    epochs)) / 2. one-cycle (Smith 2018, as Ridnik et al. use torch's OneCycleLR): from lr / 20 up
+    by a cosine in the first tenth of the steps, then down by a cosine to lr / 200,000.
     """
     def cosine(start, end, progress):
         return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
@@ -148,8 +152,7 @@ def collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
 class RepeatedSampler(engine.BatchSampler):
     """Repeated augmentation (Berman et al. 2019, as DeiT has it): every image of a shuffled order `repeats`
     times in a row, but only as many as one epoch of single images has, rounded down to a multiple of 256.
-    With repeats
-    1: plain shuffling. A batch of which nothing is left to fill it is dropped, if there is another.
+    With repeats 1: plain shuffling. An incomplete last batch is dropped, unless it is the only one.
 
     A copy of image i has the index i + copy * length. A process gets positions p and B - 1 - p of a batch of
     B together, since these two are mixed.
@@ -178,13 +181,13 @@ class RepeatedSampler(engine.BatchSampler):
 def train_step(model: Classifier, optimizer: Optimizer, images: Tensor, labels: Tensor, num_classes: int,
                rng: np.random.Generator, tree: Tree | None, args: argparse.Namespace,
                mark: Callable[[str], None] = engine.no_mark) -> dict[str, Tensor]:
-    """One step on this process's share of a batch. Returns its share of the loss and of the right
-    answers. Raises FloatingPointError, before any weight is changed, if the loss is not finite. `mark`:
-    called with the name of each part of the step when it is done."""
+    """One step on this process's share of a batch: images (B, 3, H, W), labels (B,) int64. Returns its share
+    of the loss and of the right answers. Raises FloatingPointError, before any weight is changed, if the
+    loss is not finite. `mark`: called with the name of each part of the step when it is done."""
     targets = None
     if tree is None:
         targets = smooth_targets(labels, num_classes, args.smoothing)
-        # of the whole share: not per part
+        # of the whole share, so that the pairs do not depend on --micro-batch
         images, targets = mix(images, targets, rng, args.mixup, args.cutmix)
     total = engine.sum_over_processes(len(images), images.device)
     optimizer.zero_grad(set_to_none=True)
@@ -236,7 +239,8 @@ def read_sets(args: argparse.Namespace, read_data: Callable) -> tuple[Classifica
     """The training and the validation set. InputError if they have not the same classes."""
     def read(split: str, kind: str, limit: int | None) -> ClassificationSet:
         transform = ClassificationTransform(args.image_size, kind, args.erasing)
-        return read_data(args.data, split, transform, args.data_root, limit, args.seed)
+        return read_data(data=args.data, split=split, transform=transform, root=args.data_root, limit=limit,
+                         seed=args.seed)
     train = read("train", args.augment, args.limit_train)
     val = read(args.split, "none", args.limit_val)
     if train.classes != val.classes:
@@ -245,7 +249,7 @@ def read_sets(args: argparse.Namespace, read_data: Callable) -> tuple[Classifica
     return train, val
 
 
-def prepare(args: argparse.Namespace, device: torch.device, classifier: type[Classifier],
+def prepare(args: argparse.Namespace, device: torch.device, classifier: Callable[[Config, int], Classifier],
             read_data: Callable[..., ClassificationSet]
             ) -> tuple[ClassificationSet, ClassificationSet, Tree | None, Classifier, dict | None]:
     """Everything that can fail on bad input, before anything is written: training and validation set, tree,
@@ -273,8 +277,8 @@ def prepare(args: argparse.Namespace, device: torch.device, classifier: type[Cla
 def train_epoch(model: Classifier, optimizer: Optimizer, loader: DataLoader, train: ClassificationSet,
                 tree: Tree | None, step: int, args: argparse.Namespace, device: torch.device,
                 run: run_folder.Run, save: Callable[[int, int], None], bar: tqdm) -> int:
-    """The rest of an epoch, from the steps taken since the start of the run to those after it; logs every
-    tenth."""
+    """Trains the remaining steps of an epoch and logs every tenth. `step`: how many the run has taken so far
+    -> the new number."""
     model.train()
     sampler, steps, meters = loader.batch_sampler, len(loader), run_folder.Mean()
     sampler.skip = step - sampler.epoch * steps
@@ -296,7 +300,9 @@ def train_epoch(model: Classifier, optimizer: Optimizer, loader: DataLoader, tra
         bar.update(min(args.batch_size, sampler.used))
         if step % 10 == 0 or step % steps == 0:
             means = meters.take()
-            run.log(epoch=sampler.epoch + 1, step=step, loss=means["loss"], train_top1=means["right"], lr=lr)
+            # the right answers among mixed pictures would say little
+            top1 = {} if args.mixup or args.cutmix else {"train_top1": means["right"]}
+            run.log(epoch=sampler.epoch + 1, step=step, loss=means["loss"], **top1, lr=lr)
             bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
         run.after_step(partial(save, sampler.epoch, step))
     return step
@@ -316,7 +322,7 @@ def explain_non_finite(model: Classifier, images: Tensor, indices: list[int], tr
                                       for i in range(0, len(names), args.micro_batch)], args, step)
 
 
-def train(args: argparse.Namespace, device: torch.device, classifier: type[Classifier],
+def train(args: argparse.Namespace, device: torch.device, classifier: Callable[[Config, int], Classifier],
           read_data: Callable[..., ClassificationSet]) -> None:
     """One run, to its end; or, with --benchmark, a few steps."""
     run = run_folder.Run(args, "pretrain")
@@ -378,10 +384,10 @@ def finish(model: Classifier, val: ClassificationSet, scores: dict, args: argpar
           + f"; everything of this run: {run.folder}")
 
 
-def main(classifier: type[Classifier] = Classifier,
+def main(classifier: Callable[[Config, int], Classifier] = Classifier,
          read_data: Callable[..., ClassificationSet] = classification_set) -> None:
-    """The command. A fork gives its own class of classifiers, or what reads its own data, in place of
-    ours."""
+    """The command. A fork gives what makes its own classifiers of (config, number of classes), or what reads
+    its own data, with the arguments of `data.classification_set` by keyword, in place of ours."""
     args = parse()
     if args.build_tree:
         print(build_tree(args.is_a, args.classes, args.build_tree))

@@ -1,12 +1,13 @@
 """The authors' released layout: their tokenizer, their extra norms, and their checkpoints.
 
-Paper and released code differ in two modules. `released_layout` exchanges just these two in a model of
-model.py:
+The *layout* of paper and released code differs in two modules (what else differs: README). `released_layout`
+exchanges just these two in a model of model.py:
 
     tokenizer   three patch convolutions, the fourth level by a 3x3 convolution from the third; two
                 LayerNorms per level; projections are convolutions without bias + GroupNorm (Table 6 has
                 four convolutions and linear layers)
-    adaptor     one more LayerNorm per layer, over *all* tokens, image tokens too (Eq. 5 has none)
+    adaptor     the norm after it is one per layer, over *all* tokens, image tokens too (Eq. 5 has none;
+                ours: one, shared, over the queries)
 
 `load_released` reads one of their detection checkpoints (an mmdet file) into such a model, and
 `load_released_encoder` the encoder of one of their pre-training checkpoints.
@@ -24,7 +25,7 @@ from model import VARIANTS, Config, Detector, InputError, TaskAdaptor, build_ada
 
 class ReleasedTokenizer(nn.Module):
     """Strides 8, 16, 32 by patch convolutions, 64 by a 3x3 convolution: 28, 14, 7, 4 tokens a side for 224
-    pixels, where Table 6 gives 28, 14, 7, 3."""
+    pixels, where Table 6 gives 28, 14, 7, 3. gn_groups: of the GroupNorms after the projections."""
     multiple = 32
 
     def __init__(self, config: Config, gn_groups: int = 32):
@@ -63,8 +64,9 @@ class ReleasedAdaptor(TaskAdaptor):
         layers = 1 if config.adaptor_per_layer else config.extra_layers  # that this adaptor serves
         self.norms = nn.ModuleList(nn.LayerNorm(config.dim) for _ in range(layers))
 
-    def forward(self, extra: Tensor, positions: Tensor, image: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        return self.norms[step](self.relate(extra, positions)), self.norms[step](image)
+    def forward(self, extra: Tensor, positions: Tensor, memory: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """As of a TaskAdaptor, but the image tokens change, too."""
+        return self.norms[index](self.relate(extra, positions)), self.norms[index](memory)
 
 
 def released_layout(model: nn.Module, gn_groups: int = 32) -> nn.Module:

@@ -187,6 +187,8 @@ def run_all(jobs: list[Job], args: argparse.Namespace) -> None:
     finally:
         for process, _ in running.values():
             process.terminate()
+        for process, _ in running.values():
+            process.wait()
         bar.close()
 
 

@@ -55,7 +55,8 @@ class Run:
     def stop(self) -> None:
         raise Terminated(f"stopped by SIGTERM; the same command with --resume goes on from {self.last} (one "
                          f"with --seeds goes on by itself)" if self.last.exists() else
-                         "stopped by SIGTERM before the first checkpoint: start it again")
+                         "stopped by SIGTERM before the first checkpoint: start it again"
+                         + (" with --resume" if (self.folder / "args.json").exists() else ""))
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -86,7 +87,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not args.resume:
                 for name in ("log.jsonl", "last.pt", "best.pt", "metrics.json", "curves.png",
-                             "detections.png", "predictions.png"):
+                             "detections.png", "predictions.png", "evaluation/metrics.json",
+                             "evaluation/corruptions.json"):
                     (self.folder / name).unlink(missing_ok=True)
             (self.folder / "args.json").write_text(json.dumps(vars(args), indent=1, default=str))
         except OSError as e:

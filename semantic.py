@@ -60,8 +60,9 @@ def load_tree(path: str | Path) -> Tree:
 
 
 def semantic_softmax_loss(logits: Tensor, target: Tensor, tree: Tree, smoothing: float = 0.2) -> Tensor:
-    """One softmax per level of the tree: sum_k W_k CE_k, where CE_k is the cross-entropy among the classes
-    of level k, with label smoothing, of those images whose class reaches that level, over *all* images.
+    """One softmax per level of the tree: sum_k W_k CE_k, where CE_k sums, over the images whose class
+    reaches level k, the cross-entropy among the classes of that level, with label smoothing, and divides by
+    the number of *all* images. (Weights, smoothing 0.2: Ridnik et al. 2021, which A.3 follows.)
 
     logits: (B, N). target: (B,) int64 -> scalar.
     """

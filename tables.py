@@ -16,6 +16,11 @@ from report import markdown, mean_and_deviation, read_json
 
 NONE = float("nan")  # no figure
 
+TABLE_1 = {  # pre-training on ImageNet-1k: epochs, top-1, millions of parameters
+    "FP-DETR-Lite": (300, 77.3, 11),
+    "FP-DETR-Small": (300, 80.8, 23),
+    "FP-DETR-Base": (300, 82.0, 35),
+}
 TABLE_2 = {  # COCO 2017 val: epochs, the six METRICS, millions of parameters
     "DETR R50": (500, 42.0, 62.4, 44.2, 20.5, 45.8, 61.1, 41),
     "UP-DETR R50": (300, 42.8, 63.0, 45.3, 20.8, 47.1, 61.7, 41),
@@ -28,7 +33,7 @@ TABLE_2 = {  # COCO 2017 val: epochs, the six METRICS, millions of parameters
     "FP-DETR-Lite": (50, 37.2, 56.5, 40.4, 21.7, 40.0, 48.6, 11),
     "FP-DETR-Small": (50, 42.5, 62.6, 45.9, 25.3, 45.5, 56.9, 24),
     "FP-DETR-Base": (50, 43.3, 63.9, 47.7, 27.5, 46.1, 57.0, 36),
-    "FP-DETR-Base, ImageNet-21k": (50, 43.7, 64.1, 47.8, 26.5, 46.7, 58.2, 36),  # Table 8 as well
+    "FP-DETR-Base, ImageNet-21k": (50, 43.7, 64.1, 47.8, 26.5, 46.7, 58.2, 36),  # of Table 8
 }
 TABLE_3 = {  # task adaptor of FP-DETR-Lite: shared by all layers?, METRICS, parameters
     "none": ("-", 32.8, 50.9, 35.2, 18.2, 35.8, 43.6, 11),
@@ -70,9 +75,16 @@ TABLE_7 = {  # encoder-decoder (A.2): class tokens, ImageNet-1k top-1, METRICS, 
     "FP-EncDec, 300 class tokens": (300, 76.4, 35.2, 54.0, 37.9, 20.9, 38.1, 47.0, 12),
     "FP-DETR-Lite": (1, 77.3, 37.2, 56.5, 40.4, 21.7, 40.0, 48.6, 11),
 }
-HEADERS = {2: ("epochs", *METRICS, "params (M)"), 3: ("shared", *METRICS, "params (M)"),
-           4: ("mean", *NAMES), 5: ("epochs", *METRICS), 7: ("tokens", "top-1", *METRICS, "params (M)")}
-PAPER = {2: TABLE_2, 3: TABLE_3, 4: TABLE_4, 5: TABLE_5, 7: TABLE_7}
+TABLE_8 = {  # pre-training on ImageNet-1k and, "21k", on ImageNet-21k-P: epochs, METRICS, parameters
+    "Deformable DETR R50": TABLE_2["Deformable DETR R50"],
+    "Deformable DETR R50, 21k": (50, 42.9, 62.1, 46.6, 25.1, 46.3, 57.7, 40),
+    "FP-DETR-Base": TABLE_2["FP-DETR-Base"],
+    "FP-DETR-Base, 21k": TABLE_2["FP-DETR-Base, ImageNet-21k"],
+}
+HEADERS = {1: ("epochs", "top-1", "params (M)"), 2: ("epochs", *METRICS, "params (M)"),
+           3: ("shared", *METRICS, "params (M)"), 4: ("mean", *NAMES), 5: ("epochs", *METRICS),
+           7: ("tokens", "top-1", *METRICS, "params (M)"), 8: ("epochs", *METRICS, "params (M)")}
+PAPER = {1: TABLE_1, 2: TABLE_2, 3: TABLE_3, 4: TABLE_4, 5: TABLE_5, 7: TABLE_7, 8: TABLE_8}
 
 
 # -------------------------------------------------------------------------------------------------- our rows
@@ -86,13 +98,24 @@ def corruption_row(state: dict) -> tuple[float, ...]:
 
 
 def paper_table(number: int, folders: list[Path]) -> str:
-    """Table 2, 3, 4, 5 or 7 of the paper with a row for each run folder of ours below the paper's rows.
+    """Table 1, 2, 3, 4, 5, 7 or 8 of the paper, and below its rows one for each run folder of ours.
 
     Raises:
         InputError: if a folder does not hold what this table shows (it says which command makes it).
     """
-    ours = [(f"ours: {folder}", row_of_run(number, Path(folder))) for folder in folders]
+    ours = [(f"ours: {folder}{other_data(Path(folder))}", row_of_run(number, Path(folder)))
+            for folder in folders]
     return markdown(f"Table {number}", HEADERS[number], [*PAPER[number].items(), *ours])
+
+
+def other_data(folder: Path) -> str:
+    """What a run was scored on, unless that is a validation set of the paper, whole."""
+    path = next((p for p in (folder / "evaluation/metrics.json", folder / "metrics.json",
+                             *sorted(folder.glob("seed-*/metrics.json"))) if p.exists()), None)
+    scores = read_json(path, "evaluate.py") if path else {}
+    data, images = scores.get("data"), scores.get("images")
+    whole = ((None, None), ("coco val", 5000), ("cityscapes val", 500), ("imagenet val", 50_000))
+    return "" if (data, images) in whole else f" ({data}, {images} images)"
 
 
 def row_of_run(number: int, folder: Path) -> tuple:
@@ -106,11 +129,14 @@ def row_of_run(number: int, folder: Path) -> tuple:
             if not seeds:
                 raise InputError(f"{folder} holds no seed-*/metrics.json: make it by finetune.py --seeds 5")
             return seeds[0]["epochs"], *(mean_and_deviation([s[m] for s in seeds]) for m in METRICS)
+        if number == 1:
+            run = read_json(folder / "metrics.json", "a pretrain.py that ran to its end")
+            return run["epochs"], 100 * run["top1"], run["parameters"] / 1e6
         run = read_json(folder / "metrics.json", "a finetune.py that ran to its end")
         evaluated = folder / "evaluation" / "metrics.json"
         scores = read_json(evaluated, "evaluate.py") if evaluated.exists() else run
         metrics, params = [100 * scores[m] for m in METRICS], run["parameters"] / 1e6
-        if number == 2:
+        if number in (2, 8):
             return run["epochs"], *metrics, params
         if number == 3:
             shared = "-" if run["adaptor"] == "none" else "no" if run["adaptor_per_layer"] else "yes"

@@ -17,10 +17,10 @@ class RefiningDetector(Detector):
         super().__init__(config, num_classes)
         nn.init.zeros_(self.box_head[-1].bias)  # it is added in each layer: no size to begin with
 
-    def adapt(self, queries: ExtraTokens, image: Tensor, step: int) -> tuple[ExtraTokens, Tensor]:
-        if step:  # a layer has answered
+    def adapt(self, queries: ExtraTokens, memory: Tensor, index: int) -> tuple[ExtraTokens, Tensor]:
+        if index:  # a layer has answered
             queries = replace(queries, references=self.boxes(queries).detach())  # (B, Q, 4)
-        return super().adapt(queries, image, step)
+        return super().adapt(queries, memory, index)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ MUTATIONS = [  # the mistake, its file, the right text, the wrong one, the test 
      "tokens[:, :extra.shape[1]], tokens[:, :-extra.shape[1]]", "model"),
     ("the adaptor does not see the prompts", "model.py", "where = extra + positions\n        if has",
      "where = extra\n        if has", "model"),
-    ("one adaptor where each layer has its own", "model.py", "return self[step](", "return self[0](",
+    ("one adaptor where each layer has its own", "model.py", "return self[index](", "return self[0](",
      "model"),
     ("stochastic depth lowers the mean", "model.py", "branch * keep / (1 - self.rate)", "branch * keep",
      "model"),

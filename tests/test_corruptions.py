@@ -55,6 +55,25 @@ def test_images_of_the_authors_package(name, shared):
 
 # -------------------------------------------------------------------------------------- against definitions
 
+@pytest.mark.parametrize("severity, photons", list(zip(SEVERITIES, (60, 25, 12, 5, 3))))
+def test_shot_noise_has_the_variance_of_so_many_photons(severity, photons):
+    """At brightness b in [0, 1]: mean b, variance b / photons (numbers: Hendrycks, Dietterich 2019)."""
+    grey = np.full((400, 400, 3), 102, np.uint8)
+    noisy = corruptions.shot_noise(grey, Seeded(0), *parameters("shot_noise", severity)) / 255
+    assert noisy.mean() == pytest.approx(0.4, rel=0.01)
+    assert noisy.var() == pytest.approx(0.4 / photons, rel=0.015)  # 5 standard errors: 0.0110
+
+
+@pytest.mark.parametrize("severity, factor", list(zip(SEVERITIES, (0.4, 0.3, 0.2, 0.1, 0.05))))
+def test_contrast_shrinks_each_channel_towards_its_own_mean(severity, factor):
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[:16] = 100, 200, 40  # means 50, 100, 20
+    got = corrupt(image, "contrast", severity, Seeded(0))
+    for c, mean in enumerate((50, 100, 20)):
+        levels = got[0, 0, c].astype(int), got[-1, 0, c].astype(int)
+        assert levels == pytest.approx((mean + factor * mean, mean - factor * mean), abs=1)
+
+
 @pytest.mark.parametrize("severity", SEVERITIES)
 def test_glass_blur_swaps_one_way_pixel_after_pixel(severity):
     image, (deviation, reach, rounds) = picture(), parameters("glass_blur", severity)

@@ -161,7 +161,7 @@ def test_interrupted_corruption_passes_go_on_and_give_the_same(checkpoint, tmp_p
 
     # the row that is printed, computed from the file
     mean = 50 * sum(whole["corruptions"][n][s]["AP"] for n in ("fog", "gaussian_noise") for s in "15") / 2
-    assert f"(mPC) {mean:.1f}," in printed
+    assert f"(mPC) {mean:.1f}," in printed and "of the 75 corruptions and severities only" in printed
     assert Image.open(tmp_path / "cut" / "corruptions.png").size[0] > 1000
     with pytest.raises(InputError, match="holds another evaluation"):
         run_evaluate(monkeypatch, *command, "--out", tmp_path / "cut", "--limit-val", 2)

@@ -10,6 +10,7 @@ import torch
 import checkpoints
 import engine
 import evaluate
+import finetune
 from conftest import ROOT
 from data import detection_set
 from fork_adaptor import MaxDetector
@@ -94,8 +95,24 @@ def test_voc_is_read_as_the_same_pictures_in_coco_format(fork, tmp_path):
     assert (tmp_path / "run/metrics.json").exists()
 
 
-def test_a_fork_evaluates_by_handing_its_detector_over(fork, tmp_path, capfd, monkeypatch):
-    fork("adaptor", *SHORT, "--out", tmp_path)
+def test_a_fork_evaluates_by_handing_its_detector_and_data_over(fork, tmp_path, capfd, monkeypatch):
+    fork("refinement", *SHORT, "--out", tmp_path)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "last.pt"), "--limit-val", "2"])
-    engine.run_script(evaluate.main, detector=MaxDetector)
-    assert "results and pictures" in capfd.readouterr().out
+    read = []
+
+    def read_data(data, split, **options):
+        read.append((data, split))
+        return detection_set(data, split, **options)
+    engine.run_script(evaluate.main, detector=RefiningDetector, read_data=read_data)
+    assert "results and pictures" in capfd.readouterr().out and read == [("shapes", "val")]
+
+
+def test_a_forks_checkpoint_is_not_taken_for_ours(fork, tmp_path, capfd, monkeypatch):
+    """The weights of RefiningDetector have the names and shapes of Detector's."""
+    fork("refinement", *SHORT, "--out", tmp_path)
+    for script, flags in ((evaluate, [str(tmp_path / "last.pt"), "--limit-val", "2"]),
+                          (finetune, [*SHORT, "--out", str(tmp_path), "--resume"])):
+        monkeypatch.setattr(sys, "argv", ["script", *flags])
+        with pytest.raises(SystemExit) as stop:
+            engine.run_script(script.main)
+        assert stop.value.code == 2 and "holds a RefiningDetector, not a Detector" in capfd.readouterr().err

@@ -62,7 +62,7 @@ def test_reference_points_are_drawn_where_the_queries_ask(monkeypatch, tmp_path)
     monkeypatch.setattr(evaluate, "attention_picture",
                         lambda image, layers, padded, found, *_: drawn.update(layers=layers, padded=padded,
                                                                               found=found))
-    args = Namespace(image_size=80, attention=3)
+    args = Namespace(image_size=80, attention=3, amp="off")
     image = Image.new("RGB", (60, 40), "teal")  # becomes 120 x 80, padded to 128 x 128
     evaluate.draw_attention(model, image, ["a", "b", "c"], args, torch.device("cpu"), tmp_path / "x.png")
     expected = model.queries(1).references[0].detach() * torch.tensor([60.0, 40.0])
@@ -75,7 +75,7 @@ def test_reference_points_are_drawn_where_the_queries_ask(monkeypatch, tmp_path)
 def test_attention_picture_shows_the_reference_point(tmp_path):
     model, path = tiny_detector(), tmp_path / "x.png"
     evaluate.draw_attention(model, Image.new("RGB", (64, 64), "black"), ["a", "b", "c"],
-                            Namespace(image_size=64, attention=2), torch.device("cpu"), path)
+                            Namespace(image_size=64, attention=2, amp="off"), torch.device("cpu"), path)
     picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
     assert abs(picture.shape[1] - 3 * 2.6 * 130) < 1  # a column per layer that holds queries
     for colour in ((61, 220, 151), (255, 255, 255)):  # box and cross

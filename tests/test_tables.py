@@ -63,6 +63,12 @@ def test_finished_runs_stand_below_the_papers_rows(tmp_path):
     assert cells(paper_table(2, [tmp_path])) == [f"ours: {tmp_path}", "14", *metrics, "1.2"]
     assert cells(paper_table(3, [tmp_path]))[1:] == ["no", *metrics, "1.2"]
     assert cells(paper_table(7, [tmp_path]))[1:] == ["300", "76.4", *metrics, "1.2"]
+    assert cells(paper_table(8, [tmp_path]))[1:] == ["14", *metrics, "1.2"]
+    assert cells(paper_table(1, [tmp_path]))[1:] == ["14", "76.4", "1.2"]
+    for data, images, shown in (("coco val", 5000, ""), ("coco val", 9, " (coco val, 9 images)"),
+                                ("shapes val", 300, " (shapes val, 300 images)")):
+        (tmp_path / "metrics.json").write_text(json.dumps({**RUN, "data": data, "images": images}))
+        assert cells(paper_table(2, [tmp_path]))[0] == f"ours: {tmp_path}{shown}"
     assert cells(paper_table(2, []), 2)[:3] == ["DETR R50", "500", "42.0"]
     (tmp_path / "evaluation").mkdir()  # what evaluate.py measured counts, where it is there
     (tmp_path / "evaluation" / "metrics.json").write_text(json.dumps(dict.fromkeys(METRICS, 0.5)))
