@@ -1,6 +1,5 @@
 """What the stages share: flags, errors, devices and processes, batches, the optimiser's groups and
-schedules, and what to do about numbers going wrong. Checkpoints are in checkpoints.py, a run's folder in
-run_folder.py.
+schedules. Checkpoints are in checkpoints.py, a run's folder in run_folder.py.
 
 These are helpers that a training loop calls, not a trainer that calls back: the loops stand in pretrain.py
 and finetune.py.
@@ -17,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -315,6 +313,10 @@ class BatchSampler:
     def share(self, batch: Tensor) -> list[int]:
         return batch[rank()::world_size()].tolist()
 
+    def images_after(self, step: int) -> int:
+        """How many images all processes have had after so many steps of the run."""
+        return step // len(self) * self.length + min(step % len(self) * self.batch_size, self.length)
+
     def order(self) -> Tensor:
         """(length,) shuffled indices."""
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
@@ -362,49 +364,3 @@ def schedule_factor(schedule: str, step: int, steps_per_epoch: int, epochs: int,
     if progress < 0.1:
         return 0.04 + 0.96 * progress / 0.1
     return (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2
-
-
-# --------------------------------------------------------------------------------------- numbers going wrong
-
-def first_non_finite(model: nn.Module, forward: Callable[[], object]) -> str | None:
-    """Runs `forward`, a pass of `model`, and names the first of its modules whose output holds NaN or
-    infinity; or the first weight that does, and then no pass is needed."""
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            return f"the weight {name}"
-    found = []
-
-    def look(name: str):
-        def hook(module, inputs, output):
-            outputs = output if isinstance(output, (list, tuple)) else [output]
-            if any(isinstance(t, Tensor) and not t.isfinite().all() for t in outputs):
-                found.append(f"the output of {name}")
-        return hook
-    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else None
-
-
-def image_name(source: Path | Image.Image, number: int) -> str:
-    """Of an item of a data set: its file, or its number if it was generated."""
-    return str(source) if isinstance(source, Path) else str(number)
-
-
-def stop_at_non_finite(model: nn.Module, parts: list[tuple[list[str], Callable[[], object]]],
-                       args: argparse.Namespace, step: int) -> None:
-    """Raises the InputError for a step whose loss is not finite. `parts`: per micro-batch the names of its
-    images and a forward pass on them."""
-    for names, forward in parts:
-        seed_step(args.seed, step)
-        if where := first_non_finite(model, forward):
-            break
-    else:  # what dropout drew in the step itself
-        names, where = [n for part, _ in parts for n in part], "nothing, in a second pass"
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    raise InputError(f"the loss of step {step + 1} is not finite: the first that is not is {where}, at the "
-                     f"images {shown}; try a lower --lr; the last checkpoint is untouched")

@@ -11,7 +11,6 @@ paper says (4.1); details on which the paper is silent follow the authors' relea
 import argparse
 import itertools
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -30,6 +29,7 @@ from benchmark import benchmark
 from data import DetectionSet, detection_set, micro_batches
 from inference import METRICS, coco_metrics, corners, detect
 from model import VARIANTS, Config, Detector, InputError
+from non_finite import image_name, stop_at_non_finite
 from pictures import picture_results
 from report import markdown, mean_and_deviation, write_json
 from shapes import COLOURS
@@ -147,18 +147,15 @@ def parse() -> argparse.Namespace:
         f"2e-4 for lite. With --data shapes or shapes-hard: {engine.as_flags(SHAPES_RECIPE)}")
     engine.add_run_flags(parser)
     engine.add_data_flags(parser)
-    parser.add_argument("--pretrained",
-                        help="checkpoint to start from: of pretrain.py, of finetune.py or released")
+    parser.add_argument("--pretrained", help="checkpoint to start from: of either stage, or released")
     parser.add_argument("--queries", type=int,
                         help="number of object queries (default: the variant's, 300 in the paper, 50 in "
                              "tiny)")
     parser.add_argument("--adaptor", choices=("self-attention", "bilstm", "none"),
-                        help="task adaptor (Eq. 5, Table 3; default: self-attention, none in an "
-                             "encoder-decoder)")
+                        help="Eq. 5, Table 3 (default: self-attention; none in an encoder-decoder)")
     parser.add_argument("--adaptor-per-layer", action="store_true",
                         help="a task adaptor for each layer that holds queries, not one for all (Table 3)")
-    parser.add_argument("--dropout", type=engine.fraction, default=0.1,
-                        help="its probability, in every layer (released code)")
+    parser.add_argument("--dropout", type=engine.fraction, default=0.1, help="in all layers (released code)")
     parser.add_argument("--augment", choices=("paper", "flip", "none"), default="paper",
                         help="paper: flip, random sizes and crops, as Deformable DETR")
     parser.add_argument("--schedule", choices=("step", "one-cycle"), default="step",
@@ -167,17 +164,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr-drop", type=engine.positive, default=40,
                         help="epoch after which lr is x0.1 (4.1: 40 of 50); of --schedule step only")
     parser.add_argument("--backbone-lr", type=engine.rate, default=0.1,
-                        help="factor on lr for the tokenizer's convolutions and norms (released code; 1 is "
-                             "better from scratch)")
+                        help="factor on lr of the tokenizer (released code; from scratch, 1 is better)")
     parser.add_argument("--sampling-lr", type=engine.rate, default=0.1,
-                        help="factor on lr for the projections that give sampling offsets and reference "
-                             "points (Deformable DETR)")
+                        help="factor on lr of sampling offsets and reference points (Deformable DETR)")
     parser.add_argument("--clip", type=engine.rate, default=0.1,
                         help="largest L2 norm of the gradient (released code); 0 for any")
     parser.add_argument("--seeds", type=engine.positive, default=1,
-                        help="train with this many seeds, from --seed on, one after another; finished ones "
-                             "are collected, unfinished ones resumed. Prints mean and deviation as Table 5 "
-                             "(paper: 5 on Cityscapes)")
+                        help="train with this many seeds, from --seed on; finished ones are collected, "
+                             "unfinished ones resumed. Prints mean and deviation (Table 5: 5 seeds)")
     known, _ = parser.parse_known_args()
     recipe = {**dict.fromkeys(COLOURS, SHAPES_RECIPE), "cityscapes": CITYSCAPES_RECIPE}.get(known.data, {})
     if (known.data, known.variant) == ("cityscapes", "lite"):
@@ -187,7 +181,7 @@ def parse() -> argparse.Namespace:
     args.adaptor = args.adaptor or ("none" if args.structure == "encoder-decoder" else "self-attention")
     if args.seeds > 1 and args.resume:
         parser.error("--seeds resumes what is unfinished by itself: leave --resume away")
-    if args.schedule == "step" and args.lr_drop >= args.epochs and "--epochs" in " ".join(sys.argv):
+    if args.schedule == "step" and args.lr_drop >= args.epochs:
         print(f"note: --lr-drop {args.lr_drop} is never reached in {args.epochs} epochs (paper: 40 of 50)")
     return args
 
@@ -199,8 +193,7 @@ def optimizer_of(model: Detector, args: argparse.Namespace) -> torch.optim.AdamW
                    "tokenizer.out_norms": args.backbone_lr, "sampling_offsets": args.sampling_lr,
                    "reference_points": args.sampling_lr}
     return torch.optim.AdamW(engine.parameter_groups(model, args.lr, multipliers), lr=args.lr,
-                             betas=(0.9, 0.999),
-                             weight_decay=args.weight_decay)
+                             betas=(0.9, 0.999), weight_decay=args.weight_decay)
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -296,7 +289,7 @@ def train_epoch(model: Detector, optimizer: Optimizer, loader: DataLoader, step:
         except FloatingPointError:
             explain_non_finite(model, batch, loader.dataset, args, device, step)
         step += 1
-        bar.update(images_seen(step, steps, args, len(loader.dataset)) - bar.n)
+        bar.update(sampler.images_after(step) - bar.n)
         if step % 10 == 0 or step % steps == 0:
             means = meters.take()
             run.log(epoch=sampler.epoch + 1, step=step, **means, lr=args.lr * factor)
@@ -312,14 +305,9 @@ def explain_non_finite(model: Detector, batch: list, dataset: DetectionSet, args
         with engine.autocast(args, device):
             return model(images.to(device), None if mask is None else mask.to(device))
     source = {r.id: r.source for r in dataset.records}
-    parts = [([engine.image_name(source[t["image_id"]], t["image_id"]) for t in targets],
+    parts = [([image_name(source[t["image_id"]], t["image_id"]) for t in targets],
               partial(forward, images, mask)) for images, mask, targets in batch]
-    engine.stop_at_non_finite(model, parts, args, step)
-
-
-def images_seen(step: int, steps: int, args: argparse.Namespace, length: int) -> int:
-    """After `step` steps, `steps` of which make an epoch over `length` images."""
-    return step // steps * length + min(step % steps * args.batch_size, length)
+    stop_at_non_finite(model, parts, args, step)
 
 
 def train(args: argparse.Namespace, device: torch.device, detector: Callable[[Config, int], Detector],
@@ -328,10 +316,10 @@ def train(args: argparse.Namespace, device: torch.device, detector: Callable[[Co
     torch.manual_seed(args.seed)
     run = run_folder.Run(args, "finetune")
     args.out = run.folder
-    train, val, model, state = prepare(args, device, detector, read_data)
+    train_set, val_set, model, state = prepare(args, device, detector, read_data)
     optimizer = optimizer_of(model, args)
-    sampler = engine.BatchSampler(len(train), args.batch_size, args.seed)
-    loader = engine.training_loader(train, sampler, partial(micro_batches, size=args.micro_batch), args,
+    sampler = engine.BatchSampler(len(train_set), args.batch_size, args.seed)
+    loader = engine.training_loader(train_set, sampler, partial(micro_batches, size=args.micro_batch), args,
                                     device)
     if args.benchmark:
         model.train()
@@ -348,26 +336,26 @@ def train(args: argparse.Namespace, device: torch.device, detector: Callable[[Co
 
     def save(epoch: int, step: int) -> None:
         """`epoch`: how many are finished, the evaluation included; `step`: how many steps."""
-        run.save({**checkpoints.describe(model, args, train.classes, "finetune"), "origin": origin,
+        run.save({**checkpoints.describe(model, args, train_set.classes, "finetune"), "origin": origin,
                   "best": best, "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step,
                   "metrics": metrics})
 
-    bar = run_folder.progress_bar(f"fine-tuning {args.variant} on {train.name}", args.epochs * len(train),
-                                  images_seen(step, len(sampler), args, len(train)))
+    bar = run_folder.progress_bar(f"fine-tuning {args.variant} on {train_set.name}",
+                                  args.epochs * len(train_set), sampler.images_after(step))
     for epoch in range(start, args.epochs):
-        sampler.epoch = train.epoch = epoch
+        sampler.epoch = train_set.epoch = epoch
         step = train_epoch(model, optimizer, loader, step, args, device, run, save, bar)
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             save(epoch, step)  # the evaluation may be interrupted
-            metrics = evaluate_epoch(model, val, args, device, run)
+            metrics = evaluate_epoch(model, val_set, args, device, run)
             run.evaluated(bar, epoch + 1, step, metrics, ("AP", "AP50"))
             if metrics["AP"] > best:
                 best = metrics["AP"]
                 checkpoints.save_checkpoint(
-                    run.folder / "best.pt", checkpoints.describe(model, args, train.classes, "finetune"))
+                    run.folder / "best.pt", checkpoints.describe(model, args, train_set.classes, "finetune"))
             save(epoch + 1, step)
     bar.close()
-    return finish(model, val, origin, metrics, args, run)
+    return finish(model, val_set, origin, metrics, args, run)
 
 
 def finish(model: Detector, val: DetectionSet, origin: dict, metrics: dict, args: argparse.Namespace,

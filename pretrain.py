@@ -35,6 +35,7 @@ from benchmark import benchmark
 from data import ClassificationSet, classification_set
 from linear_baseline import linear_baseline
 from model import VARIANTS, Classifier, Config, InputError
+from non_finite import image_name, stop_at_non_finite
 from pictures import picture_predictions
 from report import write_json
 from semantic import Tree, build_tree, load_tree, semantic_accuracy, semantic_softmax_loss
@@ -42,14 +43,12 @@ from shapes import COLOURS
 
 # ---------------------------------------------------------------------------------------------------- recipe
 
-# What ImageNet-21k-P (A.3; Ridnik et al. 2021) and the embedded data change in the recipe of ImageNet-1k.
-# Where the public script of Ridnik et al. differs: it has Adam with decay in the gradient (A.3 says "true
+# What ImageNet-21k-P (A.3; what it omits, the public script of Ridnik et al. 2021) and the embedded data
+# change in the recipe of ImageNet-1k. That script differs in Adam with decay in the gradient (A.3: "true
 # weight decay", hence AdamW), colours that are not normalised (our weights come from ImageNet-1k, where they
-# were), the defaults of the randaugment package (here the RandAugment of stage 1), and squeezed validation
-# images.
-RECIPE_21K = dict(variant="base", epochs=80, batch_size=4096, lr=3e-4, weight_decay=1e-4,
-                  schedule="one-cycle",
-                  augment="21k", repeats=1, mixup=0.0, cutmix=0.0, smoothing=0.2, drop_path=0.0)
+# were), the defaults of the randaugment package (here RandAugment of stage 1), squeezed validation images.
+RECIPE_21K = dict(variant="base", epochs=80, batch_size=4096, lr=3e-4, weight_decay=1e-4, augment="21k",
+                  schedule="one-cycle", repeats=1, mixup=0.0, cutmix=0.0, smoothing=0.2, drop_path=0.0)
 SHAPES_RECIPE = dict(epochs=4, batch_size=32, micro_batch=32, lr=1e-3, schedule="one-cycle", image_size=64,
                      augment="flip", repeats=1, mixup=0.0, cutmix=0.0, drop_path=0.0, workers=0,
                      eval_every=1)
@@ -67,37 +66,29 @@ def parse() -> argparse.Namespace:
                           "where imagenet or imagenet21k lies (default: data/imagenet, data/imagenet21k)")
     parser.add_argument("--class-tokens", type=engine.positive, default=1,
                         help="pooled into one before the classifier (A.2, Table 7: 300 for FP-EncDec)")
-    parser.add_argument("--init", help="checkpoint of pretrain.py to start from (A.3: ImageNet-1k's "
-                                       "before 21k)")
+    parser.add_argument("--init", help="checkpoint of pretrain.py to start from (A.3: that of ImageNet-1k)")
     parser.add_argument("--augment", choices=("deit", "21k", "flip", "none"), default="deit",
-                        help="deit: random crop, flip, RandAugment, random erasing; 21k: Cutout, "
-                             "RandAugment")
+                        help="deit: crop, flip, RandAugment, random erasing; 21k: Cutout, RandAugment")
     parser.add_argument("--repeats", type=engine.positive, default=3,
-                        help="repeated augmentation: copies of an image in a row, each augmented anew; "
-                             "an epoch shows one in so many of the images")
-    parser.add_argument("--erasing", type=engine.fraction, default=0.25,
-                        help="probability of random erasing")
+                        help="copies of an image in a row, each augmented anew; an epoch shows 1/N of all")
+    parser.add_argument("--erasing", type=engine.fraction, default=0.25, help="random erasing: probability")
     parser.add_argument("--mixup", type=engine.rate, default=0.8, help="alpha of mixup; 0 for none")
     parser.add_argument("--cutmix", type=engine.rate, default=1.0, help="alpha of CutMix; 0 for none")
     parser.add_argument("--smoothing", type=engine.fraction, default=0.1, help="label smoothing")
     parser.add_argument("--drop-path", type=engine.fraction, default=0.1,
-                        help="probability with which the last layer's branches are left out; from 0 in "
-                             "the first layer on, linearly (stochastic depth)")
+                        help="stochastic depth: probability in the last layer, from 0 in the first on")
     parser.add_argument("--tree", type=Path, help="train with the semantic softmax over this tree (A.3)")
     parser.add_argument("--schedule", choices=("cosine", "one-cycle"), default="cosine",
                         help="cosine: after a warm-up, by epochs, as DeiT; one-cycle: by steps, torch's, "
                              "as ImageNet-21k-P")
-    parser.add_argument("--warmup-epochs", type=engine.natural, default=5,
-                        help="epochs of warm-up; of --schedule cosine only")
+    parser.add_argument("--warmup-epochs", type=engine.natural, default=5, help="of --schedule cosine")
     parser.add_argument("--warmup-lr", type=engine.rate, default=1e-6, help="where cosine's warm-up starts")
     parser.add_argument("--min-lr", type=engine.rate, default=1e-5, help="where cosine ends")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model: slower start, "
-                                                               "faster steps")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: slow start, faster steps")
     parser.add_argument("--linear-baseline", action="store_true",
                         help="instead of training: top-1 of a linear classifier on the raw pixels")
     tools = parser.add_argument_group("making the tree, instead of training")
-    tools.add_argument("--build-tree", type=Path, metavar="TREE.json", help="write a tree for --tree "
-                                                                            "and stop")
+    tools.add_argument("--build-tree", type=Path, metavar="TREE.json", help="write this tree, for --tree")
     tools.add_argument("--is-a", type=Path, help="WordNet's is_a list: lines of parent and child")
     tools.add_argument("--classes", type=Path, help="file with a WordNet id per line")
     # 4.1: lr 5e-4 at batch 1024. DeiT's own rule, 5e-4 * batch / 512, would give 1e-3: we follow the paper.
@@ -165,6 +156,9 @@ class RepeatedSampler(engine.BatchSampler):
 
     def __len__(self) -> int:
         return max(1, self.used // self.batch_size)
+
+    def images_after(self, step: int) -> int:
+        return step * min(self.batch_size, self.used)
 
     def batches(self) -> tuple[Tensor, ...]:
         order = self.order()[:, None] + torch.arange(self.repeats) * self.length  # (length, repeats)
@@ -297,7 +291,7 @@ def train_epoch(model: Classifier, optimizer: Optimizer, loader: DataLoader, tra
             explain_non_finite(model, images, sampler.share(sampler.batches()[step % steps]), train, args,
                                step)
         step += 1
-        bar.update(min(args.batch_size, sampler.used))
+        bar.update(sampler.images_after(step) - bar.n)
         if step % 10 == 0 or step % steps == 0:
             means = meters.take()
             # the right answers among mixed pictures would say little
@@ -316,8 +310,8 @@ def explain_non_finite(model: Classifier, images: Tensor, indices: list[int], tr
     def forward(part):
         with engine.autocast(args, images.device):
             return model(part)
-    names = [engine.image_name(train.items[i % len(train)][0], i % len(train)) for i in indices]
-    engine.stop_at_non_finite(model, [(names[i:i + args.micro_batch],
+    names = [image_name(train.items[i % len(train)][0], i % len(train)) for i in indices]
+    stop_at_non_finite(model, [(names[i:i + args.micro_batch],
                                        partial(forward, images[i:i + args.micro_batch]))
                                       for i in range(0, len(names), args.micro_batch)], args, step)
 
@@ -327,16 +321,16 @@ def train(args: argparse.Namespace, device: torch.device, classifier: Callable[[
     """One run, to its end; or, with --benchmark, a few steps."""
     run = run_folder.Run(args, "pretrain")
     args.out = run.folder
-    train, val, tree, model, state = prepare(args, device, classifier, read_data)
+    train_set, val_set, tree, model, state = prepare(args, device, classifier, read_data)
     groups = engine.parameter_groups(model, args.lr, {}, decay_vectors=False)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
-    sampler = RepeatedSampler(len(train), args.batch_size, args.seed, args.repeats)
-    loader = engine.training_loader(train, sampler, collate, args, device)
+    sampler = RepeatedSampler(len(train_set), args.batch_size, args.seed, args.repeats)
+    loader = engine.training_loader(train_set, sampler, collate, args, device)
     forward = torch.compile(model) if args.compile else model
     if args.benchmark:
         model.train()
         print(benchmark(lambda batch, mark: train_step(
-            forward, optimizer, *(x.to(device, non_blocking=True) for x in batch), len(train.classes),
+            forward, optimizer, *(x.to(device, non_blocking=True) for x in batch), len(train_set.classes),
             np.random.default_rng(0), tree, args, mark), loader, args, device))
         return
     run.open(args)
@@ -348,30 +342,30 @@ def train(args: argparse.Namespace, device: torch.device, classifier: Callable[[
 
     def save(epoch: int, step: int) -> None:
         """`epoch`: how many are finished, the evaluation included; `step`: how many steps."""
-        run.save({**checkpoints.describe(model, args, train.classes, "pretrain"), "best": best,
+        run.save({**checkpoints.describe(model, args, train_set.classes, "pretrain"), "best": best,
                   "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step, "scores": scores})
 
-    per_step = min(args.batch_size, sampler.used)
-    bar = run_folder.progress_bar(f"pre-training {args.variant} on {train.name}",
-                                  args.epochs * len(loader) * per_step, step * per_step)
+    bar = run_folder.progress_bar(f"pre-training {args.variant} on {train_set.name}",
+                                  sampler.images_after(args.epochs * len(loader)),
+                                  sampler.images_after(step))
     for epoch in range(start, args.epochs):
-        sampler.epoch = train.epoch = epoch
-        step = train_epoch(forward, optimizer, loader, train, tree, step, args, device, run, save, bar)
+        sampler.epoch = train_set.epoch = epoch
+        step = train_epoch(forward, optimizer, loader, train_set, tree, step, args, device, run, save, bar)
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             save(epoch, step)  # the evaluation may be interrupted
             with run.interruptible():
-                scores = evaluate(forward, val, tree, args, device)
+                scores = evaluate(forward, val_set, tree, args, device)
             run.evaluated(bar, epoch + 1, step, scores, tuple(scores))
             if not engine.rank():
-                picture_predictions(model, val, device).save(run.folder / "predictions.png")
+                picture_predictions(model, val_set, device).save(run.folder / "predictions.png")
             if scores["top1"] > best:
                 best = scores["top1"]
                 checkpoints.save_checkpoint(run.folder / "best.pt", {
-                    **checkpoints.describe(model, args, train.classes, "pretrain"), "scores": scores})
+                    **checkpoints.describe(model, args, train_set.classes, "pretrain"), "scores": scores})
             save(epoch + 1, step)
     bar.close()
     if not engine.rank():
-        finish(model, val, scores, args, run)
+        finish(model, val_set, scores, args, run)
 
 
 def finish(model: Classifier, val: ClassificationSet, scores: dict, args: argparse.Namespace,
