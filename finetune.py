@@ -285,7 +285,8 @@ def train_epoch(model: Detector, optimizer: Optimizer, loader: DataLoader, step:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         try:
-            meters.add(train_step(model, optimizer, batch, args, device))
+            mark = run.within_step(partial(save, sampler.epoch, step))
+            meters.add(train_step(model, optimizer, batch, args, device, mark))
         except FloatingPointError:
             explain_non_finite(model, batch, loader.dataset, args, device, step)
         step += 1

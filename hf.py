@@ -1,4 +1,4 @@
-"""Other detectors, so that the other rows of Tables 2, 4 and 5 come from the same data and metric: DETR,
+"""Other detectors, so that most other rows of Tables 2 and 4 come from the same data and metric: DETR,
 Conditional DETR, Deformable DETR and YOLOS of the `transformers` package, which is optional.
 
     python evaluate.py --model hf:facebook/detr-resnet-50 --data coco --corruptions all

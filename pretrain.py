@@ -285,8 +285,9 @@ def train_epoch(model: Classifier, optimizer: Optimizer, loader: DataLoader, tra
         # the same in every process, and for every part of the batch
         seed = (args.seed, sampler.epoch, step, 1)
         try:
+            mark = run.within_step(partial(save, sampler.epoch, step))
             meters.add(train_step(model, optimizer, images, labels, len(train.classes),
-                                  np.random.default_rng(seed), tree, args))
+                                  np.random.default_rng(seed), tree, args, mark))
         except FloatingPointError:
             explain_non_finite(model, images, sampler.share(sampler.batches()[step % steps]), train, args,
                                step)

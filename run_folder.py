@@ -68,6 +68,15 @@ class Run:
         yield
         self.may_stop = False
 
+    def within_step(self, save: Callable[[], None]) -> Callable[[str], None]:
+        """The `mark` of a training step: SIGTERM ends it after any of its parts as if it had not begun, since
+        no weight changes before the last part. (Several processes have to agree first: `after_step`.)"""
+        def mark(part: str) -> None:
+            if self.terminated and part != "optimiser" and world_size() == 1:
+                save()
+                self.stop()
+        return mark
+
     def after_step(self, save: Callable[[], None]) -> None:
         """To be called after each step: saves every ten minutes, and at SIGTERM, which ends the run in all
         processes after the same step."""

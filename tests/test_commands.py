@@ -258,3 +258,11 @@ def test_every_command_of_the_readme_is_understood(monkeypatch):
             importlib.import_module(script.removesuffix(".py")).parse()
         except SystemExit:
             pytest.fail(command)
+
+
+def test_imports_stay_light():
+    """The model needs torch alone; flags and help of training need none of the packages that take long."""
+    code = ("import sys, torch; before = set(sys.modules); import model; new = set(sys.modules) - before; "
+            "assert new == {'model', 'deform_attn', 'deform_attn_jit'}, new; import finetune, pretrain; "
+            "slow = {'scipy', 'matplotlib', 'pycocotools'} & set(sys.modules); assert not slow, slow")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -108,6 +108,39 @@ def test_sigterm_to_all_processes_saves_and_exits_0(stage, tmp_path):
     assert step >= json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] > 0
 
 
+class between_micro_batches:
+    """SIGTERM arrives in the loss of a micro-batch that a step still has others after."""
+
+    def __init__(self, stage: str, loss: str, calls: int):
+        self.stage, self.loss, self.calls = stage, loss, calls
+
+    def __call__(self):
+        module, left = __import__(self.stage), [self.calls]
+        right = getattr(module, self.loss)
+
+        def wrong(*args):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return right(*args)
+        setattr(module, self.loss, wrong)
+
+
+def test_sigterm_within_a_step_ends_it_as_if_it_had_not_begun(tmp_path):
+    """Steps may take long on a CPU. An epoch has 2 + 2 + 1 micro-batches: the 6th is the second's first."""
+    whole, ended, short = tmp_path / "whole", tmp_path / "ended", ("--epochs", "2")
+    start("finetune", whole, *short, save_every=1e9).join()
+    process = start("finetune", ended, *short, save_every=1e9,
+                    prepare=between_micro_batches("finetune", "detection_loss", 6))
+    process.join(60)
+    assert process.exitcode == 0 and weights(ended)["step"] == 3
+    process = start("finetune", ended, *short, "--resume", save_every=1e9)
+    process.join()
+    a, b = weights(whole), weights(ended)
+    assert process.exitcode == 0 and a["step"] == b["step"] == 6
+    assert all(torch.equal(w, b["model"][k]) for k, w in a["model"].items())
+
+
 def test_sigterm_before_training_and_in_an_evaluation_ends_at_once(tmp_path):
     process = start("finetune", tmp_path / "early", prepare=stop_in("prepare", tmp_path))
     process.join(60)
