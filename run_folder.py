@@ -69,7 +69,7 @@ class Run:
         self.may_stop = False
 
     def within_step(self, save: Callable[[], None]) -> Callable[[str], None]:
-        """The `mark` of a training step: SIGTERM ends it after any of its parts as if it had not begun, since
+        """The `mark` of a training step: SIGTERM ends it after any of its parts as if it had not begun, for
         no weight changes before the last part. (Several processes have to agree first: `after_step`.)"""
         def mark(part: str) -> None:
             if self.terminated and part != "optimiser" and world_size() == 1:

@@ -8,7 +8,7 @@ import re
 
 from conftest import ROOT
 
-LINK = re.compile(r"\[`([\w.]+)`(?: \d+-\d+)?\]\((\w+\.py)(?:#L\d+-L\d+)?\)")
+LINK = re.compile(r"\[`([\w.]+)`[^]]*\]\((\w+\.py)[^)]*\)")
 SECTIONS = ["3", "3.1", "3.2", "3.3", "4.1", "4.2", "4.3", "4.4", "4.5", "A.1", "A.2", "A.3"]
 EVERYTHING = {*SECTIONS, *(f"Eq. {i}" for i in range(1, 6)), *(f"Table {i}" for i in range(1, 9)),
               *(f"Figure {i}" for i in range(1, 4))}
@@ -36,7 +36,7 @@ def ranges(path) -> dict[str, tuple[int, int]]:
 def with_present_ranges(text: str) -> str:
     def link(match):
         first, last = ranges(ROOT / match[2])[match[1]]
-        return f"[`{match[1]}` {first}-{last}]({match[2]}#L{first}-L{last})"
+        return f"[`{match[1]}` {match[2]}:{first}-{last}]({match[2]}#L{first}-L{last})"
     return LINK.sub(link, text)
 
 
