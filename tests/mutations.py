@@ -1,6 +1,6 @@
 """Plausible mistakes, planted one at a time in a copy of the project: each must make a test fail.
 
-    python tests/mutations.py           a quarter of an hour; prints which test caught which mistake
+    python tests/mutations.py           some six minutes; prints which test caught which mistake
     python tests/mutations.py 3 17      only these
 
 (tests/test_mutations.py sees to it that each still finds its place in the code.)

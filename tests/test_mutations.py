@@ -1,5 +1,5 @@
-"""tests/mutations.py, which plants mistakes for the tests to catch, still fits the code. (To run it takes a
-quarter of an hour, so it is a command, not a test.)"""
+"""tests/mutations.py, which plants mistakes for the tests to catch, still fits the code. (To run it takes
+six minutes, so it is a command, not a test.)"""
 import pytest
 
 from conftest import ROOT
