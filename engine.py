@@ -25,12 +25,16 @@ from model import VARIANTS, InputError
 
 # ----------------------------------------------------------------------------------------------------- flags
 
-class Help(argparse.RawDescriptionHelpFormatter):
-    """Shows the default of each flag that has one, unless its text says it in other words."""
+class Help(argparse.HelpFormatter):
+    """Shows the default of each flag that has one, unless its text says it in other words, and leaves texts
+    of more than one line as they are."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        plain = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
-        return action.help + ("" if plain else " (default: %(default)s)")
+        none = action.default is None or action.default is False or action.default == argparse.SUPPRESS
+        return action.help + ("" if none or "default" in action.help else " (default: %(default)s)")
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:

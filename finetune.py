@@ -143,8 +143,9 @@ SHAPES_RECIPE = dict(epochs=14, batch_size=16, micro_batch=16, lr=1e-3, schedule
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=engine.Help,
-        epilog="The defaults are the paper's. With --data cityscapes they are instead: --batch-size 8, --lr "
-        f"2e-4 for lite. With --data shapes or shapes-hard: {engine.as_flags(SHAPES_RECIPE)}")
+        epilog="The defaults are the paper's, or as marked. With --data cityscapes they are instead: "
+        "--batch-size 8, --lr 2e-4 for lite. With --data shapes or shapes-hard: "
+        f"{engine.as_flags(SHAPES_RECIPE)}")
     engine.add_run_flags(parser)
     engine.add_data_flags(parser)
     parser.add_argument("--pretrained", help="checkpoint to start from: of either stage, or released")

@@ -57,8 +57,8 @@ SHAPES_RECIPE = dict(epochs=4, batch_size=32, micro_batch=32, lr=1e-3, schedule=
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=engine.Help,
-        epilog=f"The defaults are the paper's for ImageNet-1k. With --data imagenet21k they are instead: "
-        f"{engine.as_flags(RECIPE_21K)}. With --data shapes or shapes-hard: "
+        epilog=f"The defaults are the paper's for ImageNet-1k, or DeiT's. With --data imagenet21k they are "
+        f"instead: {engine.as_flags(RECIPE_21K)}. With --data shapes or shapes-hard: "
         f"{engine.as_flags(SHAPES_RECIPE)}")
     engine.add_run_flags(parser)
     engine.add_data_flags(parser, "shapes or shapes-hard (generated), imagenet, imagenet21k, or any "

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.stats import ttest_rel
 from tqdm import tqdm
 
-from engine import positive, run_script
+from engine import Help, positive, run_script
 from model import InputError
 from report import markdown, mean_and_deviation, read_json
 from tables import TABLE_3, corruption_row
@@ -257,7 +257,7 @@ def draw(name: str, claim: Claim, values: dict[str, list[float]], out: Path) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     parser.add_argument("--claims", nargs="+", choices=("C1", "C2", "C3", "C4", "C5"), help="only these")
     parser.add_argument("--seeds", type=positive, default=3, help="how many, from 0 on")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="scripts run at a time")
