@@ -1,5 +1,4 @@
-"""Stage 2: fine-tuning for object detection (Section 3.3 and 4.1), from a pre-trained encoder or from
-scratch.
+"""Stage 2: fine-tuning for object detection (3.3 and 4.1), from a pre-trained encoder or from scratch.
 
     python finetune.py                                  the embedded data, minutes on a laptop
     python finetune.py --variant lite --data coco       the paper's recipe

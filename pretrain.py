@@ -10,8 +10,7 @@ ImageNet-21k-P (A.3): the tree of its classes, then the training.
     torchrun --nproc_per_node=8 pretrain.py --data imagenet21k --tree T.json --init X.pt
 
 `finetune.py --pretrained` takes the encoder from the last.pt that this leaves. The authors released no
-training code of this stage: it follows the paper, DeiT (Touvron et al. 2021) and, for ImageNet-21k-P, Ridnik
-et al. 2021.
+training code of this stage: it follows the paper, DeiT and, for ImageNet-21k-P, Ridnik et al. 2021.
 """
 import argparse
 import math
