@@ -155,6 +155,8 @@ class DetectionSet(Dataset):
 def check_all(check: Callable[[object], str | None], files: list, name: str) -> None:
     """Calls check(file) -> None or what is wrong, for each file; raises InputError with the first
     complaint."""
+    if not files:  # generated
+        return
     with ThreadPoolExecutor() as pool:  # pillow decodes outside the interpreter's lock
         bar = tqdm(total=len(files), desc=f"checking {name}", leave=False, unit="image")
         for start in range(0, len(files), 1000):  # ImageNet-21k has 11 million
