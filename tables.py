@@ -142,6 +142,8 @@ def row_of_run(number: int, folder: Path) -> tuple:
             shared = "-" if run["adaptor"] == "none" else "no" if run["adaptor_per_layer"] else "yes"
             return shared, *metrics, params
         return run["class_tokens"], 100 * run["top1"] if run["top1"] is not None else NONE, *metrics, params
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError) as e:
         raise InputError(f"{folder} holds no whole figures for Table {number} ({e!r}): evaluate it "
                          f"again") from None
