@@ -156,6 +156,8 @@ def run_script(main: Callable, **options) -> None:
             raise
         end(2, f"error: process {rank()} lost another one, which says above or below why it ended; then go "
                f"on with --resume")
+    except FileNotFoundError as e:
+        end(2, f"error: {e.filename} is missing")
     except OSError as e:  # of a log or a picture; checkpoints have their own words for it
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise

@@ -164,7 +164,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr-drop", type=engine.positive, default=40,
                         help="epoch after which lr is x0.1 (4.1: 40 of 50); of --schedule step only")
     parser.add_argument("--backbone-lr", type=engine.rate, default=0.1,
-                        help="factor on lr of the tokenizer (released code; from scratch, 1 is better)")
+                        help="factor on lr of the tokenizer but its projections (released code; scratch: 1)")
     parser.add_argument("--sampling-lr", type=engine.rate, default=0.1,
                         help="factor on lr of sampling offsets and reference points (Deformable DETR)")
     parser.add_argument("--clip", type=engine.rate, default=0.1,

@@ -7,8 +7,9 @@ mechanism here, and the encoder's state dict passes from one to the other with s
 training are elsewhere.
 
 Where the paper is silent, the authors' released code decides; where the two differ, the paper does (but for
-positions, see EncoderLayer), and a comment says so. `released.py` turns a model of this file into the
-released layout. This is the one file of more than 400 lines, so that Section 3 can be read in one go.
+positions, see EncoderLayer, and what the adaptor is before and updates, see TaskAdaptor), and a comment says
+so. `released.py` turns a model of this file into the released layout. This file has more than 400 lines, so
+that Section 3 can be read in one go.
 
 Shapes: B images, N image tokens, E extra tokens (Q where they are queries, the paper's N_q), D channels, K
 classes; in attention M heads of C channels, L levels, P points.
@@ -265,15 +266,15 @@ class EncoderLayer(nn.Module):
                 image: ImageTokens) -> Tensor:
         """
         Args:
-            tokens, positions: (B, Q, D), the tokens to be updated. references: (B, Q, 4, 2), their reference
+            tokens, positions: (B, T, D), the tokens to be updated. references: (B, T, 4, 2), their reference
                 points on each level's map, padding included.
             memory: (B, N, D), the image tokens that they sample; `image` gives their shapes and padding.
         Returns:
-            (B, Q, D)
+            (B, T, D)
         """
         # 3.2 makes the extra tokens a fifth level and masks it, so that nobody attends to them. A masked
         # softmax gives that level weight 0; we leave it out instead: the same result exactly, for a fifth
-        # less work. So the values are the image tokens alone, which cannot depend on the extra tokens.
+        # less sampling. So the values are the image tokens alone, which cannot depend on the extra tokens.
         # Eq. 4 adds positions to the content once, at the input. Like the released code and Deformable DETR
         # we add them to the query side of every layer instead: a prompt has to be readable in every layer.
         attended = self.attention(tokens + positions, references, memory, image.shapes, image.padding)

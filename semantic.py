@@ -52,8 +52,8 @@ def load_tree(path: str | Path) -> Tree:
         for c in chain:
             if levels[c] in kept:
                 targets[i, kept.index(levels[c])] = place[c]
-    # N_0 / N_k, N_k the classes of level k or deeper: deep levels, which few classes reach, count more, up to
-    # 20 times. In float32, as theirs, whose losses we match.
+    # N_0 / N_k, N_k the classes of level k or deeper: deep levels, which few classes reach, count more, up
+    # to 20 times. In float32, as theirs, whose losses we match.
     counts = [sum(level >= k for level in levels) for k in kept]
     weights = (torch.tensor(len(levels), dtype=torch.float32) / torch.tensor(counts)).clamp(max=20)
     return Tree(names, [torch.tensor(columns[k]) for k in kept], targets, weights.tolist())

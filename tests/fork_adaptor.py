@@ -6,23 +6,23 @@ from torch import Tensor, nn
 
 import engine
 import finetune
-from model import Config, Detector, TaskAdaptor
+from model import Config, Detector
 
 
-class MaxAdaptor(TaskAdaptor):
-    def __init__(self, config: Config):
-        super().__init__(config)
-        del self.attention
-        self.own, self.all = (nn.Linear(config.dim, config.dim) for _ in range(2))
+class MaxAdaptor(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.own, self.all, self.norm = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.LayerNorm(dim)
 
-    def relate(self, extra: Tensor, positions: Tensor) -> Tensor:
-        return extra + self.own(extra) + self.all((extra + positions).amax(1, keepdim=True))  # (B, Q, D)
+    def forward(self, extra: Tensor, positions: Tensor, memory: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        related = self.own(extra) + self.all((extra + positions).amax(1, keepdim=True))  # (B, Q, D)
+        return self.norm(extra + related), memory
 
 
 class MaxDetector(Detector):
-    def __init__(self, config: Config, classes: int):
-        super().__init__(config, classes)
-        self.adaptor = MaxAdaptor(config)
+    def __init__(self, config: Config, num_classes: int):
+        super().__init__(config, num_classes)
+        self.adaptor = MaxAdaptor(config.dim)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from model import Config, Detector, ExtraTokens
 class RefiningDetector(Detector):
     def __init__(self, config: Config, num_classes: int):
         super().__init__(config, num_classes)
-        nn.init.zeros_(self.box_head[-1].bias)  # it is added in each layer: no size to begin with
+        nn.init.zeros_(self.box_head[-1].bias)  # it is added in each layer, so start at half the image
 
     def adapt(self, queries: ExtraTokens, memory: Tensor, index: int) -> tuple[ExtraTokens, Tensor]:
         if index:  # a layer has answered

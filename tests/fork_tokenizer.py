@@ -21,7 +21,9 @@ def convolutional(kind: type[nn.Module], config: Config, num_classes: int) -> nn
 
 
 if __name__ == "__main__":
-    stage = sys.argv.pop(1)
     models = {"pretrain": ("classifier", Classifier), "finetune": ("detector", Detector)}
+    if not set(sys.argv[1:2]) & models.keys():
+        sys.exit("error: give pretrain or finetune first")
+    stage = sys.argv.pop(1)
     name, kind = models[stage]
     engine.run_script(__import__(stage).main, **{name: partial(convolutional, kind)})

@@ -69,6 +69,16 @@ def test_refinement_adds_up_over_the_layers():
         torch.testing.assert_close(layer["pred_boxes"], (start + t * d).sigmoid())
 
 
+@pytest.mark.parametrize("name, flags, says", [
+    ("dataset", ["--data", "nowhere"], "nowhere/ImageSets/Main/train.txt is missing"),
+    ("tokenizer", [], "give pretrain or finetune first"), ("tokenizer", ["--help"], "give pretrain or")])
+def test_bad_input_of_a_fork_is_one_line(fork, name, flags, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        fork(name, *flags)
+    said = f"{stop.value.code}{capsys.readouterr().err}".splitlines()
+    assert says in said[-1] and "Traceback" not in str(said)
+
+
 def test_voc_is_read_as_the_same_pictures_in_coco_format(fork, tmp_path):
     shapes = detection_set("shapes", "val", limit=3)
     for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
