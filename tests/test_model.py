@@ -1,5 +1,5 @@
-"""The model's structure: what depends on what, what passes between the stages, how many parameters there
-are; the adaptors of Table 3 and the decoder layer of Table 7 against their definitions, written out."""
+"""The model's structure: what depends on what, what passes between the stages, how many parameters; the
+adaptors of Table 3 and the decoder layer of Table 7 against their definitions, written out."""
 import math
 from dataclasses import replace
 
@@ -386,15 +386,14 @@ def test_configs_of_older_checkpoints_still_say_what_they_said():
                queries=300, dropout=0.0, drop_path=0.0, adaptor="self-attention")
     assert Config(**old) == VARIANTS["lite"]
     names = Detector(Config(**old), 2).state_dict().keys()
+    parts = ("attention.in_proj_", "attention.out_proj.", "norm.")
     assert {k for k in names if k.startswith("adaptor.")} == {
-        "adaptor.attention.in_proj_weight", "adaptor.attention.in_proj_bias",
-        "adaptor.attention.out_proj.weight", "adaptor.attention.out_proj.bias", "adaptor.norm.weight",
-        "adaptor.norm.bias"}
+        f"adaptor.{part}{kind}" for part in parts for kind in ("weight", "bias")}
 
 
 def test_variants_are_those_of_table_1():
-    rows = {n: (c.layers, c.dim, c.mlp_dim, c.heads, c.tokenizer_dim, c.queries) for n,
-            c in VARIANTS.items()}
+    sizes = ("layers", "dim", "mlp_dim", "heads", "tokenizer_dim", "queries")
+    rows = {n: tuple(getattr(c, size) for size in sizes) for n, c in VARIANTS.items()}
     assert rows["lite"] == (12, 256, 1024, 8, 192, 300)
     assert rows["small"] == (12, 384, 1536, 8, 384, 300)
     assert rows["base"] == (12, 480, 1920, 10, 384, 300)
