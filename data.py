@@ -1,15 +1,16 @@
-"""Data: where images, boxes and labels come from, the transforms of detection, and batches.
+"""Data: reading images, transforms, detection and classification sets, and batches.
+ Detection: `shapes` and `shapes-hard` (generated), `coco`, `cityscapes`, or any folder in COCO format
+become a `DetectionSet`. The transforms are Deformable DETR's, which the paper follows (4.1).
+Classification: `shapes`, ImageNet, or any folder with a folder of images per class become a
+`ClassificationSet`. DeiT's augmentations are in extras/augment.py, the generated pictures in
+extras/shapes.py.
 
-Detection: four sources give the same thing, a `DetectionSet`: `shapes` (or `shapes-hard`), generated; `coco`
-and `cityscapes`, as they unpack; and any folder in COCO format. Transforms are Deformable DETR's (the paper,
-4.1, follows it). Classification: a `ClassificationSet` of `shapes`, ImageNet or any folder with a folder per
-class; its augmentations are in augment.py. Boxes are absolute (x0, y0, x1, y1) in pixels inside this file
-and normalised (cx, cy, w, h) when they leave it.
+Boxes are absolute (x0, y0, x1, y1) in pixels on this page. They leave it as (cx, cy, w, h) in [0, 1].
 """
 import itertools
+import json
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,29 +19,83 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from augment import ClassificationTransform
-from cityscapes import cached_coco, cityscapes_to_coco  # noqa: F401 (public here)
-from coco import check_annotations, load_annotations
-from images import FORMATS, read_image, to_tensor
-from model import InputError
-from shapes import COLOURS, SHAPES, shape_scene
+from engine import InputError
+from extras import augment, cityscapes, shapes
+from extras.cityscapes import cityscapes_to_coco  # noqa: F401 (public here)
 
-# ---------------------------------------------------------------------------- transforms (Deformable DETR's)
+# ------------------------------------------------------------------------------------- images and boxes
+
+warnings.filterwarnings("ignore", module="PIL")  # damaged metadata, as in some files of ImageNet, do no harm
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # refuses pictures of 90 megapixels or more
+# Pillow reads more formats, but EPS files are programs, and half a JPEG 2000 file can pass for a whole
+# one.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM")
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, of RGB in 0..255
+
+
+def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Image.Image:
+    """An RGB picture from a file in one of FORMATS: grey, palette, RGBA (alpha dropped), CMYK, 16 bit,
+    EXIF-rotated.
+
+    Args:
+        size: (width, height) in the annotation file. If only the unrotated picture has this size, the
+            annotator's program ignored the EXIF rotation, and so do we.
+    Raises:
+        InputError: names the file if it is absent, broken, no picture, too large, or not of this size.
+    """
+    if not os.path.isfile(path):  # opening a named pipe would wait for ever
+        raise InputError(f"image {path} is missing or no file")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            if size is not None and upright.size != size and image.size == size:
+                upright = image.copy()
+        if upright.mode.startswith("I"):  # 16-bit grey; pillow's own conversion would clip it to 8 bits
+            upright = Image.fromarray((np.asarray(upright).clip(0, 65535) // 256).astype(np.uint8))
+        upright = upright.convert("RGB")
+    except Exception as e:  # pillow's decoders raise a dozen kinds of error on damaged files
+        raise InputError(f"image {path} cannot be read ({' '.join(str(e).split())}): replace or "
+                         f"remove it") from None
+    if size is not None and upright.size != size:
+        raise InputError(f"image {path} is {upright.width} x {upright.height}, but the annotations say "
+                         f"{size[0]} x {size[1]}: its boxes cannot be trusted")
+    return upright
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> (3, H, W) float32, normalised with ImageNet's mean and deviation."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float()
+    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """The inverse of `to_tensor`, to look at the model's input."""
+    pixels = pixels * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    return Image.fromarray(pixels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+
+
+def corners(boxes: Tensor) -> Tensor:
+    """(..., 4) cxcywh -> (..., 4) xyxy"""
+    centre, size = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([centre - size / 2, centre + size / 2], -1)
+
+
+# ------------------------------------------------------------- detection transforms (Deformable DETR's)
 # Each takes and returns (PIL image, boxes (n, 4) xyxy in pixels, labels (n,)).
 
 Sample = tuple[Image.Image, np.ndarray, np.ndarray]
 
 
 def flip(image: Image.Image, boxes: np.ndarray, labels: np.ndarray) -> Sample:
-    w = image.width
-    return ImageOps.mirror(image), np.stack([w - boxes[:, 2], boxes[:, 1], w - boxes[:, 0], boxes[:, 3]],
-                                            1), labels
+    x0, y0, x1, y1 = boxes.T
+    boxes = np.stack([image.width - x1, y0, image.width - x0, y1], 1)
+    return ImageOps.mirror(image), boxes, labels
 
 
 def resize(image: Image.Image, boxes: np.ndarray, labels: np.ndarray, short: int, long: int) -> Sample:
-    """Keeps the aspect ratio: the short side becomes `short`, or less where the long side would exceed
+    """Keeps the aspect ratio. The short side becomes `short`, or less if the long side would exceed
     `long`."""
     w, h = image.size
     scale = min(short / min(w, h), long / max(w, h))
@@ -52,7 +107,7 @@ def resize(image: Image.Image, boxes: np.ndarray, labels: np.ndarray, short: int
 
 def crop(image: Image.Image, boxes: np.ndarray, labels: np.ndarray, x: int, y: int, w: int,
          h: int) -> Sample:
-    """Boxes are clipped to the crop; those with nothing left are dropped, so that there may be none."""
+    """Clips the boxes to the crop and drops those outside. None may be left."""
     boxes = np.clip(boxes - np.array([x, y, x, y]), 0, np.array([w, h, w, h]))
     keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     return image.crop((x, y, x + w, y + h)), boxes[keep], labels[keep]
@@ -60,43 +115,50 @@ def crop(image: Image.Image, boxes: np.ndarray, labels: np.ndarray, x: int, y: i
 
 @dataclass
 class Transform:
-    """`augment`: "paper" (flip, then either a random size or a random crop at a random size), "flip" or
-    "none".
+    """The detection transform. `augment`: "paper" (flip, then a random size, or a random crop at a
+    random size), "flip" or "none".
 
     `image_size` is the short side at test time. All other sizes of the recipe (training sides 480..800,
-    crops 384..600, long side 1333) scale with it, so that the same recipe serves 800-pixel COCO and
-    256-pixel experiments.
-    """
+    crops 384..600, long side 1333) scale with it, so one recipe serves COCO at 800 pixels and small
+    trials. """
     image_size: int = 800
     augment: str = "none"
 
     def scaled(self, side: int) -> int:
         return max(1, round(side * self.image_size / 800))
 
-    def __call__(self, image, boxes, labels, rng: np.random.Generator):
+    def __call__(self, image: Image.Image, boxes: np.ndarray, labels: np.ndarray,
+                 rng: np.random.Generator) -> Sample:
         sample = (image, boxes, labels)
         if self.augment != "none" and rng.random() < 0.5:
             sample = flip(*sample)
         short = 800
         if self.augment == "paper":
             if rng.random() < 0.5:
-                sample = resize(*sample, self.scaled(int(rng.choice([400, 500, 600]))), self.scaled(4200))
-                w, h = (int(rng.integers(min(s, self.scaled(384)), min(s, self.scaled(600)), endpoint=True))
-                        for s in sample[0].size)
-                x, y = (int(rng.integers(0, s - c, endpoint=True)) for s, c in zip(sample[0].size, (w, h)))
-                sample = crop(*sample, x, y, w, h)
+                sample = self.random_crop(*sample, rng)
             short = int(rng.choice(range(480, 801, 32)))
         return resize(*sample, self.scaled(short), self.scaled(1333))
 
+    def random_crop(self, image: Image.Image, boxes: np.ndarray, labels: np.ndarray,
+                    rng: np.random.Generator) -> Sample:
+        """A crop of 384 to 600 pixels a side, from the image at a short side of 400, 500 or 600."""
+        short = int(rng.choice([400, 500, 600]))
+        image, boxes, labels = resize(image, boxes, labels, self.scaled(short), self.scaled(4200))
+        w, h = (int(rng.integers(min(side, self.scaled(384)), min(side, self.scaled(600)), endpoint=True))
+                for side in image.size)
+        x, y = (int(rng.integers(0, side - part, endpoint=True)) for side, part in zip(image.size, (w, h)))
+        return crop(image, boxes, labels, x, y, w, h)
 
-# -------------------------------------------------------------------------------------------- detection sets
+
+# --------------------------------------------------------------------------------------- detection sets
 
 @dataclass
 class Record:
-    """One image and its objects: boxes (n, 4) float64 xyxy in pixels, labels (n,) int64 counted from 0."""
+    """One image and its objects: boxes (n, 4) float64 xyxy in pixels, labels (n,) int64 counted from
+    0."""
     id: int
-    source: Path | Image.Image
-    size: tuple[int, int]  # (width, height)
+    source: Path | Image.Image  # a file, or a generated picture
+    size: tuple[int, int]       # (width, height)
     boxes: np.ndarray
     labels: np.ndarray
 
@@ -107,73 +169,48 @@ class Record:
 class DetectionSet(Dataset):
     """Items: (image (3, H, W) float32, target), target = {"labels": (n,) int64, "boxes": (n, 4) float32
     cxcywh in [0, 1], "image_id": int, "size": (width, height) of the original}. Augmentation depends on
-    (seed, epoch, index) only, whatever the number of workers. `ground_truth` is the COCO-format dict that
-    the metric reads, crowd and all."""
+    (seed, epoch, index) only, not on the number of workers. `ground_truth` is the COCO-format dict that
+    the metric reads, with crowd regions."""
 
-    def __init__(self, records: list[Record], ground_truth: dict, name: str, transform: Transform
-                 | None = None,
-                 seed: int = 0):
+    def __init__(self, records: list[Record], ground_truth: dict, name: str,
+                 transform: Transform | None = None, seed: int = 0):
         self.records, self.ground_truth, self.name = records, ground_truth, name
         self.transform, self.seed, self.epoch = transform or Transform(), seed, 0
-        self.corruption = None  # of an image before the transform: (picture, image id) -> picture (COCO-C)
+        self.corruption = None  # COCO-C: (picture, image id) -> picture, before the transform
         categories = sorted(ground_truth["categories"], key=lambda c: c["id"])
         self.classes = [c["name"] for c in categories]
-        self.category_ids = [c["id"] for c in categories]  # label -> category id, which may have gaps
+        self.category_ids = [c["id"] for c in categories]  # label -> category id; ids may have gaps
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int):
+    def name_of(self, index: int) -> str:
+        """An image's file, or its number if it was generated."""
         record = self.records[index]
+        return str(record.source if isinstance(record.source, Path) else record.id)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict]:
+        record = self.records[index]
+        image = record.image()
+        if self.corruption is not None:
+            image = self.corruption(image, record.id)
         rng = np.random.default_rng((self.seed, self.epoch, index))
-        image = record.image() if self.corruption is None else self.corruption(record.image(), record.id)
         image, boxes, labels = self.transform(image, record.boxes, record.labels, rng)
         w, h = image.size
         x0, y0, x1, y1 = boxes.T
         boxes = np.stack([(x0 + x1) / 2 / w, (y0 + y1) / 2 / h, (x1 - x0) / w, (y1 - y0) / h], 1)
         target = {"labels": torch.from_numpy(labels), "boxes": torch.from_numpy(boxes).float(),
-                  "image_id": record.id,
-                  "size": record.size}
+                  "image_id": record.id, "size": record.size}
         return to_tensor(image), target
-
-    def check_images(self, indices: range | None = None) -> None:
-        """Decodes every image file (or those of some indices) once, so that a broken one stops a run before
-        its first step and not in epoch 3. Raises InputError naming the first that is missing, broken or not
-        of the annotated size."""
-        def check(record: Record) -> str | None:
-            try:
-                image = record.image()
-            except InputError as e:
-                return str(e)
-            if image.size != record.size:
-                return (f"image {record.source} is {image.width} x {image.height}, but the annotations say "
-                        f"{record.size[0]} x {record.size[1]}: its boxes cannot be trusted")
-        records = self.records if indices is None else [self.records[i] for i in indices]
-        check_all(check, [r for r in records if isinstance(r.source, Path)], self.name)
-
-
-def check_all(check: Callable[[object], str | None], files: list, name: str) -> None:
-    """Calls check(file) -> None or what is wrong, for each file; raises InputError with the first
-    complaint."""
-    if not files:  # generated
-        return
-    with ThreadPoolExecutor() as pool:  # pillow decodes outside the interpreter's lock
-        bar = tqdm(total=len(files), desc=f"checking {name}", leave=False, unit="image")
-        for start in range(0, len(files), 1000):  # ImageNet-21k has 11 million
-            for error in pool.map(check, files[start:start + 1000]):
-                bar.update()
-                if error:
-                    pool.shutdown(cancel_futures=True)
-                    raise InputError(error)
-        bar.close()
 
 
 def pad_batch(samples: list) -> tuple[Tensor, Tensor | None, list[dict]]:
-    """Items of different size -> images (B, 3, H, W), zeros at the right and bottom; mask (B, H, W), True
-    there, or None if nothing is padded; targets."""
+    """Items of different size -> images (B, 3, H, W), zeros at the right and bottom; mask (B, H, W),
+    True there, or None if nothing is padded; targets."""
     images, targets = zip(*samples)
     h, w = (max(x.shape[d] for x in images) for d in (1, 2))
-    batch, mask = images[0].new_zeros(len(images), 3, h, w), torch.ones(len(images), h, w, dtype=torch.bool)
+    batch = images[0].new_zeros(len(images), 3, h, w)
+    mask = torch.ones(len(images), h, w, dtype=torch.bool)
     for x, padded, m in zip(images, batch, mask):
         padded[:, :x.shape[1], :x.shape[2]] = x
         m[:x.shape[1], :x.shape[2]] = False
@@ -185,18 +222,90 @@ def micro_batches(samples: list, size: int) -> list:
     return [pad_batch(samples[i:i + size]) for i in range(0, len(samples), size)]
 
 
-# ----------------------------------------------------------------------------------------------- COCO format
+# ------------------------------------------------------------------------------------------ COCO format
+
+def read_annotations(source: Path | dict) -> dict:
+    """A COCO-format file or dict, checked: {"images", "annotations", "categories"} with the keys that
+    detection needs. Missing areas and crowd flags are filled in. Raises InputError in one line, naming
+    the entry, at the first thing wrong."""
+    file = "given as a dict" if isinstance(source, dict) else source
+    place = "the file"
+    try:
+        content = source if isinstance(source, dict) else json.loads(source.read_text(encoding="utf-8"))
+        images, categories, annotations, sizes = [], [], [], {}
+        for i, entry in enumerate(content["images"]):
+            place = f"images[{i}]"
+            image = {k: entry[k] for k in ("id", "file_name", "width", "height")}
+            require(is_id(image["id"]) and image["id"] not in sizes, "its id is no integer of its own")
+            require(all(type(image[k]) is int and 0 < image[k] < 1e6 for k in ("width", "height")),
+                    "its width and height are no positive integers")
+            images.append(image)
+            sizes[image["id"]] = image["width"], image["height"]
+        known = set()
+        for i, entry in enumerate(content["categories"]):
+            place = f"categories[{i}]"
+            category = {"id": entry["id"], "name": str(entry["name"])}
+            require(is_id(category["id"]) and category["id"] not in known, "its id is no integer of its own")
+            require(category["name"].isprintable(), "its name cannot be printed")
+            categories.append(category)
+            known.add(category["id"])
+        place = "the file"
+        require(bool(images), "it lists no image")
+        require(bool(categories), "it lists no category")
+        for i, entry in enumerate(content["annotations"]):
+            place = f"annotations[{i}]"
+            box, area, crowd = entry["bbox"], entry.get("area"), entry.get("iscrowd", 0)
+            require(type(box) is list and len(box) == 4 and all(map(is_number, box)),
+                    "its bbox is not four finite numbers x, y, width, height")
+            require(box[2] >= 0 and box[3] >= 0, "its bbox has a negative size")
+            require(type(entry["image_id"]) is int and entry["image_id"] in sizes,
+                    f"its image_id {entry['image_id']!r:.60} does not exist")
+            require(type(entry["category_id"]) is int and entry["category_id"] in known,
+                    f"its category_id {entry['category_id']!r:.60} does not exist")
+            require(crowd in (0, 1), "its iscrowd is not 0 or 1")
+            # Numbered anew from 1: ids may repeat, and pycocotools reads the id 0 as "no match".
+            annotations.append({"id": i + 1, "image_id": entry["image_id"], "bbox": box,
+                                "category_id": entry["category_id"], "iscrowd": int(crowd),
+                                "area": area if is_number(area) and area >= 0 else box[2] * box[3]})
+    except OSError as e:
+        raise InputError(f"annotations {file} cannot be read ({e.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        reason = f"the key {e} is missing" if isinstance(e, KeyError) else " ".join(str(e).split())[:200]
+        raise InputError(f"annotations {file}: {place} is not in COCO format: {reason}") from None
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise ValueError(otherwise)
+
+
+def is_id(value: object) -> bool:
+    """An integer that pycocotools, which holds some ids as float64, tells from others."""
+    return type(value) is int and abs(value) < 2 ** 53
+
+
+def is_number(value: object) -> bool:
+    """A JSON number that can be a coordinate: not NaN, not infinity, not true."""
+    return type(value) in (int, float) and abs(value) < 1e9
+
 
 def coco_format(image_folder: Path, annotations: Path | dict, limit: int | None = None,
                 **options) -> DetectionSet:
-    """Any detection set in COCO format: an annotation file, or its content as a dict, and the folder of the
-    images; the options are those of `DetectionSet`. Images without objects stay; crowd regions are left out
-    of the training targets (they remain in `ground_truth`); boxes are clipped to their image, empty ones
-    dropped. No file name may lead out of the image folder, but symbolic links in it may: some are made of
-    links. `limit`: the first N images."""
+    """A detection set in COCO format.
+
+    Images without objects stay. Crowd regions are no training targets, but they stay in `ground_truth`.
+    Boxes are clipped to their image; empty ones are dropped. File names must stay inside the image
+    folder. Symbolic links are allowed.
+
+    Args:
+        annotations: a file, or its content as a dict. limit: the first N images. options: of
+        DetectionSet.
+    Raises:
+        InputError: the annotations are malformed, or an image is missing from the folder.
+    """
+    content = read_annotations(annotations)
     where = "given as a dict" if isinstance(annotations, dict) else annotations
-    content = (check_annotations(annotations, where) if isinstance(annotations, dict)
-               else load_annotations(annotations))
     content["images"] = content["images"][:limit]
     boxes_of = {image["id"]: [] for image in content["images"]}
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] in boxes_of]
@@ -204,158 +313,161 @@ def coco_format(image_folder: Path, annotations: Path | dict, limit: int | None 
     for a in content["annotations"]:
         if not a["iscrowd"]:
             boxes_of[a["image_id"]].append((*a["bbox"], label_of[a["category_id"]]))
-    records, inside = [], os.path.join(os.path.abspath(image_folder), "")
+    records = []
+    files = FileFinder(image_folder)
     for image in content["images"]:
         name, size = image["file_name"], (image["width"], image["height"])
-        source = Path(os.path.normpath(image_folder / str(name)))
-        is_name = isinstance(name, str) and name.isprintable() and len(name) < 1000
-        if not is_name or not os.path.abspath(source).startswith(inside):
-            raise InputError(f"annotations {where}: the file name {name!r:.80} leaves "
-                             f"{image_folder} or is none")
+        source = files.find(name, where)
         rows = np.array(boxes_of[image["id"]], dtype=np.float64).reshape(-1, 5)
         boxes = np.concatenate([rows[:, :2], rows[:, :2] + rows[:, 2:4]], 1)
         boxes = boxes.clip(0, np.array([*size, *size]))
         keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         records.append(Record(image["id"], source, size, boxes[keep], rows[keep, 4].astype(np.int64)))
-    if not records:
-        raise InputError(f"annotations {where} list no image")
     return DetectionSet(records, content, **options)
 
 
+class FileFinder:
+    """Finds missing images before the first step. It lists each folder once, which takes a second for
+    COCO; decoding all images would take minutes."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.inside = folder, os.path.join(os.path.abspath(folder), "")
+        self.names = {}  # folder -> names in it
+
+    def find(self, name: object, where: Path | str) -> Path:
+        """The path of a file name of the annotations `where`."""
+        is_name = isinstance(name, str) and name.isprintable() and len(name) < 1000
+        path = Path(os.path.normpath(self.folder / str(name)))
+        if not is_name or not os.path.abspath(path).startswith(self.inside):
+            raise InputError(f"annotations {where}: the file name {name!r:.80} leaves {self.folder} or is "
+                             f"none")
+        if path.parent not in self.names:
+            self.names[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
+        if path.name not in self.names[path.parent]:
+            raise InputError(f"image {path} is missing; {where} lists it")
+        return path
+
+
+DETECTION_DATA = ("shapes or shapes-hard (generated, no download), coco, cityscapes, or any folder in COCO "
+                  "format with train/, val/ and annotations/instances_{train,val}.json")
 COCO_HELP = ("download train2017.zip, val2017.zip and annotations_trainval2017.zip (COCO 2017, "
              "cocodataset.org), unpack them there, or name another folder with --data-root")
 FOLDER_HELP = "needed are train/, val/ and annotations/instances_{train,val}.json in it"
 
 
 def detection_set(data: str, split: str, root: str | None = None, limit: int | None = None,
-                  image_size: int = 800, augment: str = "none", seed: int = 0,
-                  cache: str | Path = "runs") -> DetectionSet:
-    """The set that `--data` names: "shapes", "shapes-hard", "coco", "cityscapes", or a folder with train/,
-    val/ and annotations/instances_*.json.
+                  image_size: int = 800, augment: str = "none", seed: int = 0) -> DetectionSet:
+    """The set that `--data` names, see DETECTION_DATA.
 
     Args:
-        split: "train" or "val". root: the folder of `coco` or `cityscapes`, data/NAME by default. limit: the
-            first N images only. cache: the folder for Cityscapes' annotations in COCO format, made once.
+        split: "train" or "val". root: the folder of `coco` or `cityscapes`, data/NAME by default.
+        limit: the
+            first N images only.
     Raises:
-        InputError: if it is missing (says what to download and where it goes) or malformed.
+        InputError: it is missing (the message says what to download and where it goes) or malformed.
     """
     options = dict(name=f"{data} {split}", transform=Transform(image_size, augment), seed=seed)
-    if data in COLOURS:
-        return shapes_detection(split, limit, COLOURS[data], **options)
+    if data in shapes.COLOURS_OF:
+        pictures, truth = shapes.detection_pictures(data, split, limit)
+        records = [Record(i, picture, picture.size, boxes, labels) for i, picture, boxes, labels in pictures]
+        return DetectionSet(records, truth, **options)
     if data == "cityscapes":
         folder = Path(root or "data/cityscapes")
-        if folder.is_dir() and not (folder / "leftImg8bit").is_dir():
-            raise InputError(f"{folder / 'leftImg8bit'} is missing: unpack leftImg8bit_trainvaltest.zip in "
-                             f"{folder}")
-        return coco_format(folder, cached_coco(folder, split, cache, os.cpu_count() or 1), limit, **options)
+        return coco_format(folder, cityscapes.annotation_file(folder, split), limit, **options)
     folder, suffix = (Path(root or "data/coco"), "2017") if data == "coco" else (Path(data), "")
     images = folder / (split + suffix)
     annotations = folder / "annotations" / f"instances_{split}{suffix}.json"
-    mend = COCO_HELP if data == "coco" else FOLDER_HELP
     for path in (folder, images, annotations):
         if not path.exists():
-            raise InputError(f"{path} is missing: {mend}")
+            raise InputError(f"{path} is missing: {COCO_HELP if data == 'coco' else FOLDER_HELP}")
     return coco_format(images, annotations, limit, **options)
 
 
-def shapes_detection(split: str, limit: int | None = None, colours: int = 4, seed: int = 0,
-                     **options) -> DetectionSet:
-    """The embedded detection set: 2,000 training and 300 validation pictures of 64 x 64 pixels, no file read
-    or written. Every picture has a generator of its own, seeded by its split and number, so the splits share
-    none."""
-    records, annotations = [], []
-    for i in range({"train": 2000, "val": 300}[split])[:limit]:
-        rng = np.random.default_rng((20220425, split == "val", i))
-        image, boxes, labels = shape_scene(rng, colours=colours)
-        records.append(Record(i + 1, image, image.size, boxes, labels))
-        for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist()):
-            annotations.append({"id": len(annotations) + 1, "image_id": i + 1, "category_id": label + 1,
-                                "iscrowd": 0,
-                                "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)})
-    truth = {"images": [{"id": r.id, "width": r.size[0], "height": r.size[1], "file_name": f"{r.id}.png"}
-                        for r in records],
-             "annotations": annotations,
-             "categories": [{"id": i, "name": n} for i, n in enumerate(SHAPES, 1)]}
-    return DetectionSet(records, truth, seed=seed, **options)
+# --------------------------------------------------------------------------------------- classification
 
+def classification_transform(image: Image.Image, rng: np.random.Generator, size: int, kind: str) -> Tensor:
+    """Picture -> (3, size, size) float32, normalised. `kind`: "deit" (random crop and flip, RandAugment,
+    random erasing; 4.1), "21k" (squeezed to the size, Cutout, RandAugment; A.3), "flip" (flip only) or
+    "none" (the middle, as for evaluation)."""
+    if kind == "deit":
+        image = augment.random_resized_crop(image, size, rng)
+    elif kind == "21k":
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    elif image.size != (size, size):  # a picture that has the size already is taken as it is
+        image = augment.centre_crop(image, size)
+    if kind in ("deit", "flip") and rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    if kind == "21k":
+        image = augment.cutout(image, rng)
+    if kind in ("deit", "21k"):
+        image = augment.rand_augment(image, rng)
+    pixels = to_tensor(image)
+    return augment.random_erasing(pixels, rng) if kind == "deit" else pixels
 
-# -------------------------------------------------------------------------------------------- classification
 
 class ClassificationSet(Dataset):
-    """Items: (image (3, size, size) float32, label). An index beyond the length is the same picture once
-    more, with other augmentations (repeated augmentation); they depend on (seed, epoch, index) only."""
+    """Items: (image (3, size, size) float32, label). An index beyond the length gives the same picture
+    with another augmentation (repeated augmentation). Augmentation depends on (seed, epoch, index)
+    only."""
 
     def __init__(self, items: list[tuple[Path | Image.Image, int]], classes: list[str], name: str,
-                 transform: ClassificationTransform, seed: int = 0):
+                 image_size: int = 224, augment: str = "none", seed: int = 0):
         self.items, self.classes, self.name = items, classes, name
-        self.transform, self.seed, self.epoch = transform, seed, 0
+        self.image_size, self.augment, self.seed, self.epoch = image_size, augment, seed, 0
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        source, label = self.items[index % len(self.items)]
-        image = read_image(source) if isinstance(source, Path) else source
-        return self.transform(image, np.random.default_rng((self.seed, self.epoch, index))), label
+    def name_of(self, index: int) -> str:
+        """An image's file, or its number if it was generated."""
+        source, _ = self.items[index % len(self)]
+        return str(source if isinstance(source, Path) else index % len(self))
 
-    def check_images(self, indices: range | None = None) -> None:
-        """Reads the head of every image file (or those of some indices), so that a file that is no image
-        stops a run before its first step; to decode them all, as for detection, would take ImageNet an hour.
-        Raises InputError naming the first."""
-        def check(path: Path) -> str | None:
-            try:
-                Image.open(path, formats=FORMATS).close()
-            # pillow's readers raise a dozen kinds of error on files that are not theirs
-            except Exception as e:
-                return f"{path} is no image ({' '.join(str(e).split())[:100]}): remove or replace it"
-        items = self.items if indices is None else [self.items[i] for i in indices]
-        check_all(check, [source for source, _ in items if isinstance(source, Path)], self.name)
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        source, label = self.items[index % len(self)]
+        image = read_image(source) if isinstance(source, Path) else source
+        rng = np.random.default_rng((self.seed, self.epoch, index))
+        return classification_transform(image, rng, self.image_size, self.augment), label
 
 
 def image_folder(folder: Path, limit: int | None = None, **options) -> ClassificationSet:
     """A folder with a folder per class, as ImageNet unpacks. `limit`: N images, taken in turn from the
-    classes. Raises InputError if there is none, or a class without images."""
+    classes. Raises InputError if the folder is missing or a class has no image."""
     if not folder.is_dir():
         raise InputError(f"{folder} is missing: needed is a folder with one folder of images per class")
     names = sorted(p.name for p in os.scandir(folder) if p.is_dir() and not p.name.startswith("."))
     if len(names) < 2:
-        raise InputError(f"{folder} holds {len(names)} class folders: needed are two or more, each "
-                         f"with images")
-    items = []
+        raise InputError(f"{folder} holds {len(names)} class folders: needed are two or more, each with "
+                         f"images")
+    by_class = []
     for label, name in enumerate(names):
-        files = sorted(p.path for p in os.scandir(folder / name) if p.is_file() and
-                       not p.name.startswith("."))
+        files = sorted(p.path for p in os.scandir(folder / name)
+                       if p.is_file() and not p.name.startswith("."))
         if not files:
             raise InputError(f"class folder {folder / name} is empty: add images or remove it")
-        items.append([(Path(f), label) for f in files])
-    turns = [x for turn in itertools.zip_longest(*items) for x in turn if x] if limit else list(
-        itertools.chain.from_iterable(items))
-    return ClassificationSet(turns[:limit], names, **options)
+        by_class.append([(Path(f), label) for f in files])
+    if limit:
+        turns = itertools.zip_longest(*by_class)
+        items = [item for turn in turns for item in turn if item is not None][:limit]
+    else:
+        items = list(itertools.chain.from_iterable(by_class))
+    return ClassificationSet(items, names, **options)
 
 
-def shapes_classification(split: str, limit: int | None = None, colours: int = 4,
-                          **options) -> ClassificationSet:
-    """The embedded classification set: 8,000 training and 400 validation pictures of 64 x 64 pixels with one
-    shape in each."""
-    items = []
-    for i in range({"train": 8000, "val": 400}[split])[:limit]:
-        rng = np.random.default_rng((20220426, split == "val", i))
-        image, _, labels = shape_scene(rng, objects=1, colours=colours)
-        items.append((image, int(labels[0])))
-    return ClassificationSet(items, list(SHAPES), **options)
-
-
+CLASSIFICATION_DATA = ("shapes or shapes-hard (generated, no download), imagenet, imagenet21k, or any folder "
+                       "with train/ and val/, each with a folder of images per class")
+# ImageNet-21k-P has the folder names of its authors' archive.
 IMAGENET_FOLDERS = {"imagenet": ("train", "val"), "imagenet21k": ("imagenet21k_train", "imagenet21k_val")}
 
 
-def classification_set(data: str, split: str, transform: ClassificationTransform, root: str | None = None,
-                       limit: int | None = None, seed: int = 0) -> ClassificationSet:
-    """The set that `--data` names: "shapes", "shapes-hard", "imagenet", "imagenet21k" (ImageNet-21K-P as its
-    authors pack it), or a folder with train/ and val/, each with a folder per class. root: of the two
-    ImageNets, data/NAME by default."""
-    options = dict(name=f"{data} {split}", transform=transform, seed=seed)
-    if data in COLOURS:
-        return shapes_classification(split, limit, COLOURS[data], **options)
+def classification_set(data: str, split: str, root: str | None = None, limit: int | None = None,
+                       image_size: int = 224, augment: str = "none", seed: int = 0) -> ClassificationSet:
+    """The set that `--data` names, see CLASSIFICATION_DATA. split: "train" or "val". root: the folder of
+    `imagenet` or `imagenet21k`, data/NAME by default. augment: of `classification_transform`."""
+    options = dict(name=f"{data} {split}", image_size=image_size, augment=augment, seed=seed)
+    if data in shapes.COLOURS_OF:
+        items = shapes.classification_pictures(data, split, limit)
+        return ClassificationSet(items, list(shapes.SHAPES), **options)
     folder = Path(root or f"data/{data}") if data in IMAGENET_FOLDERS else Path(data)
-    return image_folder(folder / IMAGENET_FOLDERS.get(data, ("train", "val"))[split == "val"], limit,
-                        **options)
+    train, val = IMAGENET_FOLDERS.get(data, ("train", "val"))
+    return image_folder(folder / (train if split == "train" else val), limit, **options)

@@ -6,7 +6,7 @@
 // Between pixels v_i is bilinear, outside of the map zero (grid_sample, align_corners=False, zero padding).
 // Softmax and places are computed here, in registers: no tensor ever holds them.
 //
-// One text for GPUs (deform_attn_jit.py compiles it with NVRTC) and CPUs (with the system's C++ compiler).
+// One text for GPUs (deform_attn.py compiles it with NVRTC) and CPUs (with the system's C++ compiler).
 // The tests run its GPU half on a CPU as well. Every build fixes, by -D options:
 //
 //   CHANNELS HEADS LEVELS POINTS   C, M, L, P
@@ -74,7 +74,7 @@ DEVICE void store(fp16 &to, real x) {
 #endif
 
 // ------------------------------------------------------------------------------------------------ arguments
-// deform_attn_jit.py has the same struct. Tensors are contiguous and begin at a multiple of 16 bytes.
+// deform_attn.py has the same struct. Tensors are contiguous and begin at a multiple of 16 bytes.
 struct Arguments {
     const VALUE_T *value;        // (B, S, M, C)
     const real *reference;       // (B, Q, L, 2) as (x, y) in [0, 1]

@@ -1,16 +1,21 @@
-"""What the stages share: flags, errors, devices and processes, batches, the optimiser's groups and
-schedules. Checkpoints are in checkpoints.py, a run's folder in run_folder.py.
+"""The parts that the two training scripts share: flags, processes, batches, checkpoints, the run folder.
 
-These are helpers that a training loop calls, not a trainer that calls back: the loops stand in pretrain.py
-and finetune.py.
+A reader of the paper may skip this page. It knows nothing of images, boxes or losses, and it imports
+nothing of the project. The training loops stand in pretrain.py and finetune.py and call these helpers.
 """
 import argparse
 import errno
+import json
 import math
 import os
+import pickle
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,161 +25,135 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from deform_attn_jit import forced_path
-from model import VARIANTS, InputError
+# -------------------------------------------------------------------------------- errors and the script
 
-# ----------------------------------------------------------------------------------------------------- flags
+class InputError(ValueError):
+    """Something that the user gave cannot be used. The message is one line: what, where, how to fix it."""
+
+
+def run_script(main: Callable, **options) -> None:
+    """Runs main(**options). Prints a user's mistake as one line, with exit code 2, not as a traceback."""
+    def end(code: int, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)  # below a progress bar, not inside it
+        sys.exit(code)
+    try:
+        main(**options)
+    except torch.OutOfMemoryError:
+        end(2, "error: the GPU's memory is full: give a smaller --micro-batch (the batch stays the same, "
+               "in more parts); in an evaluation, a smaller --batch-size")
+    except ValueError as e:
+        # deform_attn.py knows no InputError. It names this variable when it cannot obey it.
+        if not isinstance(e, InputError) and "FPDETR_DEFORM_ATTN" not in str(e):
+            raise
+        # An error in a data loading process arrives with that process's traceback in front.
+        end(2, f"error: {str(e).splitlines()[-1].rpartition('InputError: ')[2]}")
+    except RuntimeError as e:
+        if not isinstance(e, dist.DistError) and "gloo" not in str(e):  # gloo raises plain RuntimeErrors
+            raise
+        end(2, f"error: process {rank()} lost contact with another one, which printed its reason; "
+               f"--resume goes on")
+    except FileNotFoundError as e:
+        end(2, f"error: {e.filename} is missing")
+    except OSError as e:  # while writing a log or a picture
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        end(2, f"error: cannot write {e.filename or 'a file of the run'} ({e.strerror}); after making "
+               f"room, --resume goes on")
+    except KeyboardInterrupt:
+        end(130, "interrupted; a training run goes on from its last checkpoint with --resume")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------ flags
 
 class Help(argparse.HelpFormatter):
-    """Shows the default of each flag that has one, unless its text says it in other words, and leaves texts
-    of more than one line as they are."""
+    """Shows the default of each flag, unless its help text does, and keeps the line breaks of texts."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        none = action.default is None or action.default is False or action.default == argparse.SUPPRESS
-        return action.help + ("" if none or "default" in action.help else " (default: %(default)s)")
+        shown = action.default not in (None, False, argparse.SUPPRESS) and "default" not in action.help
+        return action.help + (" (default: %(default)s)" if shown else "")
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that every training stage has; their defaults are the paper's fine-tuning on COCO."""
-    parser.add_argument("--variant", choices=VARIANTS, default="tiny",
+def number(kind: type, least: float, below: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: numbers of a kind in [least, below)."""
+    def parse(text: str) -> float:
+        if not least <= (value := kind(text)) < below:
+            allowed = f"{least} or more" if below == math.inf else f"in [{least}, {below})"
+            raise argparse.ArgumentTypeError(f"{text} is not {allowed}")
+        return value
+    parse.__name__ = kind.__name__  # argparse shows it
+    return parse
+
+
+positive, natural = number(int, 1), number(int, 0)
+fraction, rate = number(float, 0, 1), number(float, 0)
+
+# Flags of the machine and the run folder. They may change with --resume. All others are the recipe.
+MACHINE_FLAGS = {"data_root", "workers", "device", "micro_batch", "activation_checkpointing", "compile",
+                 "eval_every", "out", "resume", "overwrite"}
+
+
+def add_training_flags(parser: argparse.ArgumentParser, variants: dict) -> None:
+    """The flags that both stages have, except the numbers of their recipes."""
+    parser.add_argument("--variant", choices=variants, default="tiny",
                         help="size of the model, Table 1 (tiny is ours)")
-    parser.add_argument("--structure", choices=("encoder-only", "encoder-decoder"), default="encoder-only",
-                        help="FP-DETR, or FP-EncDec: its last six layers are decoder layers (A.2, Table 7)")
+    parser.add_argument("--structure", choices=("encoder-only", "encoder-decoder"),
+                        default="encoder-only",
+                        help="FP-DETR, or FP-EncDec with decoder layers at the end (A.2, Table 7)")
     parser.add_argument("--layout", choices=("paper", "released"), default="paper",
-                        help="as the paper's text has it, or as the authors' released code (README: where "
-                             "they differ)")
-    parser.add_argument("--epochs", type=positive, default=50, help="passes over the training set (4.1)")
-    parser.add_argument("--batch-size", type=positive, default=32,
-                        help="images per step, over all GPUs (4.1)")
-    parser.add_argument("--micro-batch", type=positive, default=2,
-                        help="images that one GPU holds at once; the batch is accumulated from as many as "
-                             "needed. Larger is faster and needs more memory; the gradient is the same, but "
-                             "for the dropout drawn")
-    parser.add_argument("--lr", type=rate, default=1e-4, help="initial learning rate (4.1)")
-    parser.add_argument("--weight-decay", type=rate, default=1e-4,
-                        help="AdamW's; in fine-tuning on all parameters (released code), in "
-                             "pre-training not on norms and biases (DeiT)")
-    parser.add_argument("--activation-checkpointing", action="store_true",
-                        help="keep only the layers' inputs and compute the rest again for the backward "
-                             "pass: less memory, more time, the same gradient")
-    parser.add_argument("--benchmark", type=positive, nargs="?", const=15, metavar="SECONDS",
-                        help="instead of training, measure the loader, training, and the parts of its "
-                             "steps, each for so many seconds (default: 15)")
-    parser.add_argument("--eval-every", type=positive, default=1, help="epochs between evaluations")
-    parser.add_argument("--limit-train", type=positive,
-                        help="use the first N training images only (pre-training: taken in turn from the "
-                             "classes)")
-    parser.add_argument("--out", type=Path, help="folder of this run (default: runs/STAGE-VARIANT-DATA)")
-    parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.pt, exactly")
-    parser.add_argument("--overwrite", action="store_true", help="replace what the run folder holds")
-
-
-DETECTION_DATA = ("shapes or shapes-hard (generated, no download), coco, cityscapes, or any folder in COCO "
-                  "format with train/, val/ and annotations/instances_{train,val}.json")
-
-
-def add_data_flags(parser: argparse.ArgumentParser, data: str = DETECTION_DATA,
-                   root: str = "where coco or cityscapes lies (default: data/NAME)") -> None:
-    """The flags that training and evaluation have in common; `data`, `root`: help texts of these two."""
-    parser.add_argument("--data", default="shapes", help=data)
-    parser.add_argument("--data-root", help=root)
-    parser.add_argument("--image-size", type=positive, default=800,
-                        help="short side at test time; all sizes of the training recipe scale with it "
-                             "(pre-training: side of the square)")
-    parser.add_argument("--limit-val", type=positive, help="evaluate on the first N images only")
-    parser.add_argument("--split", choices=("val", "train"), default="val",
-                        help="which images to evaluate on")
+                        help="modules as in the paper's text, or as in the authors' released code "
+                             "(docs/differences.md)")
     parser.add_argument("--seed", type=natural, default=0,
-                        help="of weights, data order, augmentation, dropout; in an evaluation of the "
-                             "corruptions")
-    parser.add_argument("--workers", type=natural, default=min(8, os.cpu_count() or 1),
-                        help="data loading processes per GPU")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available()
-                        else "cpu",
-                        help="where to compute (default: the GPU if there is one)")
+                        help="of weights, data order, augmentation and dropout")
+    parser.add_argument("--limit-train", type=positive, help="use the first N training images only "
+                        "(pre-training: N images, taken in turn from the classes)")
+    parser.add_argument("--limit-val", type=positive, help="evaluate on the first N images only")
+    machine = parser.add_argument_group("machine and run folder (these may change with --resume)")
+    machine.add_argument("--micro-batch", type=positive, default=2,
+                         help="images that one GPU holds at once; a batch is accumulated from as many as "
+                              "needed. Larger is faster and needs more memory. The gradient is the "
+                              "same, except for the random numbers of dropout")
+    machine.add_argument("--activation-checkpointing", action="store_true",
+                         help="keep only the layers' inputs and compute the rest again in the backward "
+                              "pass: less memory, more time, the same gradient")
+    machine.add_argument("--eval-every", type=positive, default=1, help="epochs between evaluations")
+    machine.add_argument("--out", type=Path,
+                         help="folder of this run (default: runs/STAGE-VARIANT-DATA)")
+    machine.add_argument("--resume", action="store_true",
+                         help="go on exactly from the folder's last.pt, or start if there is none yet")
+    machine.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    add_device_flags(parser, machine)
+
+
+def add_device_flags(parser: argparse.ArgumentParser, machine: argparse._ActionsContainer) -> None:
+    """The flags that training and evaluation have: where the data are and which device computes."""
+    machine.add_argument("--data-root",
+                         help="folder of the sets that --data calls by name (default: data/NAME)")
+    machine.add_argument("--workers", type=natural, default=min(8, os.cpu_count() or 1),
+                         help="data loading processes per GPU")
+    machine.add_argument("--device", choices=("cpu", "cuda"),
+                         default="cuda" if torch.cuda.is_available() else "cpu",
+                         help="where to compute (default: the GPU if there is one)")
     parser.add_argument("--amp", choices=("bf16", "off"),
                         help="mixed precision (default: bf16 on GPUs, off on CPUs)")
 
 
 def as_flags(recipe: dict) -> str:
-    """What a recipe changes, for a help text."""
+    """A recipe as it would be typed, for help texts."""
     return ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in recipe.items())
 
 
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
+def plain(args: argparse.Namespace) -> dict:
+    """The flags with paths as text, for checkpoints and JSON files."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
 
-def natural(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
-    return value
-
-
-def fraction(text: str) -> float:
-    if not 0 <= (value := float(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
-    return value
-
-
-def rate(text: str) -> float:
-    value = float(text)
-    if not (0 <= value and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number of 0 or more")
-    return value
-
-
-class Terminated(BaseException):
-    """SIGTERM came, and what is to be kept has been written. No Exception: it has to pass through the code
-    that takes any exception of a decoder for a broken file."""
-
-
-def run_script(main: Callable, **options) -> None:
-    """Runs main(**options). What the user can mend ends in one line and exit code 2 rather than in a
-    traceback."""
-    def end(code: int, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)  # on a line of its own where a progress bar is shown
-        sys.exit(code)
-    try:
-        forced_path()  # a misspelt FPDETR_DEFORM_ATTN shows now rather than in the first forward pass
-        main(**options)
-    except InputError as e:
-        # out of a data loading process it comes with that process's traceback before it
-        end(2, f"error: {str(e).splitlines()[-1].rpartition('InputError: ')[2]}")
-    except torch.OutOfMemoryError:
-        end(2, "error: the GPU's memory is full: give a smaller --micro-batch (the same batch, accumulated "
-               "in parts); in an evaluation, a smaller --batch-size")
-    except FloatingPointError:  # of --benchmark; a training run names the module and the images
-        end(2, "error: the loss is not finite: try a lower --lr")
-    except RuntimeError as e:
-        if not isinstance(e, dist.DistError) and "gloo" not in str(e):  # it raises plain RuntimeErrors
-            raise
-        end(2, f"error: process {rank()} lost another one, which says above or below why it ended; then go "
-               f"on with --resume")
-    except FileNotFoundError as e:
-        end(2, f"error: {e.filename} is missing")
-    except OSError as e:  # of a log or a picture; checkpoints have their own words for it
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
-            raise
-        end(2, f"error: cannot write {e.filename or 'a file of the run'} ({e.strerror}): mend it; a "
-               f"training run goes on with --resume")
-    except Terminated as e:
-        if not rank():
-            end(0, str(e))
-    except KeyboardInterrupt:
-        end(130, "interrupted; a training run goes on from its last checkpoint with --resume")
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-# ------------------------------------------------------------------------------------- devices and processes
+# -------------------------------------------------------------------------------- devices and processes
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -185,18 +164,18 @@ def world_size() -> int:
 
 
 def setup(args: argparse.Namespace) -> torch.device:
-    """Device, torchrun's processes, mixed precision and seeds, from the flags."""
+    """Sets up the device, torchrun's processes, mixed precision and the seed, as the flags say."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but torch sees no GPU: use --device cpu")
     device = torch.device(args.device)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         if device.type == "cuda":
             if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-                raise InputError(f"there are more processes than the {torch.cuda.device_count()} "
-                                 f"GPUs: lower --nproc_per_node, or give --device cpu")
+                raise InputError(f"there are more processes than the {torch.cuda.device_count()} GPUs: "
+                                 f"lower --nproc_per_node, or give --device cpu")
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        # gloo for what lies on the CPU, so that no process waits for a GPU to tell another one of it
+        # gloo serves tensors on the CPU, so that exchanging a flag does not wait for the GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     args.amp = args.amp or ("bf16" if device.type == "cuda" else "off")
     torch.manual_seed(args.seed)
@@ -204,9 +183,8 @@ def setup(args: argparse.Namespace) -> torch.device:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Seeds what is random inside a step, dropout and stochastic depth: anew for each step and process, so
-    that a run resumed after any step needs no saved random state. (Order and augmentation of the data have
-    seeds of their own.)"""
+    """Seeds dropout and stochastic depth for one step of this process, so that a run can be resumed after
+    any step without a saved random state. (Data order and augmentation have seeds of their own.)"""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank())).generate_state(1)[0]))
 
 
@@ -221,19 +199,20 @@ def broadcast_weights(model: nn.Module) -> None:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Adds up the gradients of all processes, in one message. Losses are normalised over the total batch, so
-    that the sum is the gradient of the total batch, even if a process had fewer images or none."""
+    """Adds up the gradients of all processes, in one message. Losses are divided by a number of the total
+    batch, so the sum is the gradient of the total batch, even if a process had no image."""
     if world_size() == 1:
         return
     parameters = [p for p in model.parameters() if p.requires_grad]
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad = g.view_as(p)
 
 
 def sum_over_processes(value: float | Tensor, device: torch.device) -> Tensor:
-    """The sum over the processes of a number or a float tensor, on `device`; nobody waits for it."""
+    """The sum of a number or float tensor over all processes, on `device`. The CPU does not wait for it."""
     total = torch.as_tensor(value, dtype=torch.float32).to(device, non_blocking=True, copy=True)
     if world_size() > 1:
         dist.all_reduce(total)
@@ -241,38 +220,12 @@ def sum_over_processes(value: float | Tensor, device: torch.device) -> Tensor:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether `flag` is set in any of the processes."""
+    """Whether `flag` is true in any process."""
     if world_size() == 1:
         return flag
     flags = torch.tensor(float(flag))
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags)
-
-
-def prepare_benchmark(args: argparse.Namespace) -> None:
-    """Where a stage measures something instead of training."""
-    if world_size() > 1:
-        raise InputError("--benchmark and --linear-baseline are for one process: start without torchrun")
-    args.overwrite = True  # of a run's folder, into which nothing is written
-
-
-def no_mark(part: str) -> None:
-    """What a training step calls after each of its parts where nobody measures them."""
-
-
-def on_host(value: Tensor) -> Callable[[], float]:
-    """Starts to copy a scalar to the CPU and returns what gives it. A GPU that has been given more work
-    in between does not run dry while the CPU waits for the number."""
-    if value.device.type == "cpu":
-        return value.item
-    copy, copied = torch.empty((), dtype=value.dtype, pin_memory=True), torch.cuda.Event()
-    copy.copy_(value, non_blocking=True)
-    copied.record()
-
-    def number() -> float:
-        copied.synchronize()
-        return copy.item()
-    return number
 
 
 def gather(items: list) -> list:
@@ -284,31 +237,22 @@ def gather(items: list) -> list:
     return [x for part in parts for x in part]
 
 
-def check_images(*datasets) -> None:
-    """`check_images` of some sets, each process its share. Raises InputError, in all processes, naming the
-    first image that is broken."""
-    errors = []
-    for dataset in datasets:
-        try:
-            dataset.check_images(range(rank(), len(dataset), world_size()))
-        except InputError as e:
-            errors.append(str(e))
-    if errors := gather(errors):
-        raise InputError(errors[0])
-
+# --------------------------------------------------------------------------------------------- batches
 
 class BatchSampler:
-    """Shuffled batches of indices, of which this process gets its share. The total batches depend on the
-    seed and the epoch only, not on the number of processes; the last one of an epoch may be smaller. `skip`:
-    how many batches of the epoch are left out, because a run that is resumed has seen them."""
+    """Shuffled batches of indices, of which each process gets its share. The total batches depend on the
+    seed and the epoch only, not on the number of processes. The last one of an epoch may be smaller.
+    `skip`: how many batches of the epoch a resumed run has seen already."""
 
     def __init__(self, length: int, batch_size: int, seed: int):
-        self.length, self.batch_size, self.seed, self.epoch, self.skip = length, batch_size, seed, 0, 0
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.epoch = 0
+        self.skip = 0
 
     def __len__(self) -> int:
         return math.ceil(self.length / self.batch_size)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[int]]:
         for batch in self.batches()[self.skip:]:
             yield self.share(batch)
 
@@ -317,56 +261,329 @@ class BatchSampler:
         return self.order().split(self.batch_size)
 
     def share(self, batch: Tensor) -> list[int]:
+        """The indices of a total batch that this process loads."""
         return batch[rank()::world_size()].tolist()
-
-    def images_after(self, step: int) -> int:
-        """How many images all processes have had after so many steps of the run."""
-        return step // len(self) * self.length + min(step % len(self) * self.batch_size, self.length)
 
     def order(self) -> Tensor:
         """(length,) shuffled indices."""
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         return torch.randperm(self.length, generator=generator)
 
+    def images_after(self, step: int) -> int:
+        """How many images all processes have seen after `step` steps of the run."""
+        epochs, steps = divmod(step, len(self))
+        return epochs * self.length + min(steps * self.batch_size, self.length)
 
-def leave_sigterm_to_the_trainer(_: int) -> None:
-    """For data loading processes: SIGTERM, sent to all processes of a run, must not take away the batches of
-    a step that is to be ended."""
+
+def training_loader(dataset: Dataset, sampler: BatchSampler, collate: Callable,
+                    args: argparse.Namespace, device: torch.device) -> DataLoader:
+    """Loads the sampler's batches in --workers processes. `collate` makes a batch of a list of items."""
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.workers,
+                      pin_memory=device.type == "cuda", worker_init_fn=ignore_sigterm)
+
+
+def ignore_sigterm(_: int) -> None:
+    """For data loading processes. A cluster sends SIGTERM to all processes of a run; these must live until
+    the step has ended."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def training_loader(dataset: Dataset, sampler: BatchSampler, collate: Callable, args: argparse.Namespace,
-                    device: torch.device) -> DataLoader:
-    """The batches of `sampler`, loaded by --workers processes; `collate` makes one of a list of items."""
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.workers,
-                      pin_memory=device.type == "cuda", worker_init_fn=leave_sigterm_to_the_trainer)
+def read_batches(loader: DataLoader) -> Iterator:
+    """The loader's batches. If a process meets a broken image, all processes raise its InputError before
+    the same step, so that they save and stop together."""
+    batches = iter(loader)
+    while True:
+        batch, errors = None, []
+        try:
+            batch = next(batches, None)
+        except InputError as e:
+            errors = [str(e)]
+        if any_process(bool(errors)):
+            raise InputError(gather(errors)[0])
+        if batch is None:
+            return
+        yield batch
 
 
-# ----------------------------------------------------------------------------------- optimiser and schedules
-
-def parameter_groups(model: nn.Module, lr: float, multipliers: dict[str, float],
-                     decay_vectors: bool = True) -> list[dict]:
-    """One group per learning rate. `multipliers`: {part of a parameter's name: factor on lr}; the first that
-    fits counts. Without `decay_vectors`, norms and biases (all 1-D parameters) have no weight decay. (DeiT
-    spares its class token and positions as well; ours, which are matrices, decay.)"""
-    groups = {}
-    for name, parameter in model.named_parameters():
-        factor = next((f for part, f in multipliers.items() if part in name), 1.0)
-        groups.setdefault((factor, decay_vectors or parameter.ndim > 1), []).append(parameter)
-    return [{"params": params, "lr": lr * factor, "initial_lr": lr * factor,
-             **({} if decay else {"weight_decay": 0.0})}
-            for (factor, decay), params in groups.items()]
+def not_finite(step: int, images: list[str]) -> InputError:
+    """The error of a step with NaN or infinity in its gradient."""
+    shown = ", ".join(images[:8]) + (f" and {len(images) - 8} more" if len(images) > 8 else "")
+    return InputError(f"the gradient of step {step} is not finite, at the images {shown}; no weight was "
+                      f"changed and the last checkpoint stays: try a lower --lr")
 
 
-def schedule_factor(schedule: str, step: int, steps_per_epoch: int, epochs: int, lr_drop: int) -> float:
-    """Factor on every learning rate at `step` (counted from 0 over the whole run).
+class RunningMean:
+    """Means of tensors over steps. The sums stay on their device: adding does not wait for the GPU."""
 
-    "step": x0.1 from epoch `lr_drop` on (4.1). "one-cycle": linear from 1/25 to 1 in the first tenth, then a
-    cosine to 0.
+    def __init__(self):
+        self.sums, self.count = {}, 0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for k, v in values.items():
+            self.sums[k] = self.sums.get(k, 0) + v.detach()
+        self.count += 1
+
+    def read(self) -> dict[str, float]:
+        """The means since the last call, added up over the processes, which have a share of each loss."""
+        sums = torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in self.sums.values()])
+        if world_size() > 1:
+            dist.all_reduce(sums)
+        means = dict(zip(self.sums, (sums / self.count).tolist()))
+        self.sums, self.count = {}, 0
+        return means
+
+
+def progress_bar(what: str, images: int, done: int) -> tqdm:
+    """A bar over the images of a run, with their rate and the time left. The first process shows it."""
+    return tqdm(total=images, initial=done, unit="img", desc=what, smoothing=0.05, mininterval=1,
+                disable=rank() > 0)
+
+
+def check_classes(train: Dataset, val: Dataset) -> None:
+    """Raises InputError unless both sets have the same classes in the same order."""
+    if train.classes != val.classes:
+        differ = ", ".join(sorted(set(train.classes) ^ set(val.classes)))[:200] or "in another order"
+        raise InputError(f"{train.name} and {val.name} have different classes: {differ}")
+
+
+# ------------------------------------------------------------------------------------------ checkpoints
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Writes to a temporary name and renames, so that a file of this name is always whole. Only the first
+    process writes."""
+    if rank():
+        return
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise InputError(f"cannot write {path} ({reason}): an older file is untouched; after making "
+                         f"room, --resume goes on") from None
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """The content of a checkpoint file, on the CPU: tensors and plain containers. Any other pickle could
+    run code and is refused. InputError if the file is absent, broken or refused."""
+    try:
+        with warnings.catch_warnings():  # torch warns of pickles before it refuses them
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"checkpoint {path} is missing") from None
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} was not unpickled: it is no checkpoint, or it holds more than tensors "
+                         f"and plain containers and might run anything; give a checkpoint of this "
+                         f"project or a plain state dict") from None
+    except Exception as e:  # torch's readers raise a dozen kinds of error on other files
+        reason = " ".join(str(e).split())[:100]
+        raise InputError(f"{path} is not a whole checkpoint ({reason})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
+    return content
+
+
+def describe(model: nn.Module, args: argparse.Namespace, stage: str, classes: list[str],
+             images: int) -> dict:
+    """The part of a checkpoint that says which run made it. A model can be built from it, and --resume
+    compares it. images: number of training images."""
+    return {"stage": stage, "model_class": type(model).__name__, "config": asdict(model.encoder.config),
+            "layout": args.layout, "classes": classes, "images": images, "args": plain(args)}
+
+
+def check_resumed(saved: dict, now: dict, path: Path) -> None:
+    """Raises InputError in one line unless a checkpoint was made by the run that `now` describes: same
+    stage, model, classes, number of images and recipe. Machine flags may differ, and epochs may grow."""
+    def identity(description: dict) -> dict:
+        recipe = {f"--{k.replace('_', '-')}": v for k, v in description.get("args", {}).items()
+                  if k not in MACHINE_FLAGS | {"epochs"}}
+        keys = ("stage", "model_class", "classes", "images")
+        return {**{k: description.get(k) for k in keys}, **description.get("config", {}), **recipe}
+    before, today = identity(saved), identity(now)
+    changed = [f"{k} {before.get(k)!s:.60} (now {today.get(k)!s:.60})" for k in {**before, **today}
+               if before.get(k) != today.get(k)]
+    if changed or "optimizer" not in saved:
+        raise InputError(f"{path} cannot be resumed, it was made with {', '.join(changed) or 'less'}: "
+                         f"give the same flags and data, or another --out")
+    if now["args"]["epochs"] < saved["epoch"]:
+        raise InputError(f"{path} has finished {saved['epoch']} epochs: give --epochs {saved['epoch']} "
+                         f"or more")
+
+
+def check_model_class(checkpoint: dict, name: str, path: str | Path) -> None:
+    """Raises InputError unless the checkpoint is of the class `name`. A fork's checkpoint can have our
+    names and shapes and still belong to another model."""
+    saved = checkpoint.get("model_class", name)
+    if saved != name:
+        raise InputError(f"{path} holds a {saved}, not a {name}: use the script that made it")
+
+
+ENCODER_SIZES = ("dim", "mlp_dim", "heads", "tokenizer_dim", "layers", "entry_layer", "points",
+                 "structure")
+
+
+def copy_weights(model: nn.Module, checkpoint: dict, stage: str, layout: str, path: str | Path) -> str:
+    """Copies a checkpoint's weights into a fresh model. Returns a line that names the parts it loaded.
+
+    The encoder is loaded strictly. From a checkpoint of the same stage, the other parts are loaded too
+    where their shapes are equal. (With another number of classes: all parts but the class head.)
+
+    Raises:
+        InputError: it is no checkpoint, or its encoder has another size or layout.
     """
-    if schedule == "step":
-        return 0.1 if step // steps_per_epoch >= lr_drop else 1.0
-    progress = (step + 1) / (steps_per_epoch * epochs)
-    if progress < 0.1:
-        return 0.04 + 0.96 * progress / 0.1
-    return (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2
+    if not all(isinstance(checkpoint.get(k), dict) for k in ("model", "config")):
+        raise InputError(f"{path} is neither a checkpoint of this project nor one of the authors'")
+    ours = {**asdict(model.encoder.config), "layout": layout}
+    theirs = {**checkpoint["config"], "layout": checkpoint.get("layout")}
+    different = [f"{k} {theirs.get(k)} (here {ours[k]})" for k in (*ENCODER_SIZES, "layout")
+                 if theirs.get(k) != ours[k]]
+    if different:
+        raise InputError(f"{path} holds another encoder: {', '.join(different)}: change --variant, "
+                         f"--structure or --layout")
+    loaded, fresh = [], []
+    for name, part in model.named_children():
+        state = {k.removeprefix(name + "."): v for k, v in checkpoint["model"].items()
+                 if k.startswith(name + ".")}
+        shapes = {k: v.shape for k, v in part.state_dict().items()}
+        fits = shapes == {k: v.shape for k, v in state.items()}
+        if name == "encoder" or checkpoint.get("stage") == stage and fits:
+            try:
+                part.load_state_dict(state)
+            except RuntimeError as e:
+                raise InputError(f"{path} does not fit: {' '.join(str(e).split())[:200]}") from None
+            loaded.append(name)
+        else:
+            fresh.append(name)
+    return f"loaded from {path}: {', '.join(loaded)}; starting fresh: {', '.join(fresh) or 'nothing'}"
+
+
+# -------------------------------------------------------------------------------------- the run folder
+
+class Run:
+    """The folder that a run leaves: args.json, log.jsonl, curves.png, last.pt, best.pt, metrics.json and
+    the stage's picture."""
+    save_every = 600  # seconds between checkpoints inside an epoch
+
+    def __init__(self, args: argparse.Namespace, stage: str):
+        data = args.data if "/" not in args.data else Path(args.data).resolve().name
+        self.folder = args.out or Path("runs") / f"{stage}-{args.variant}-{data}"
+        self.last = self.folder / "last.pt"
+        self.resumed = args.resume and self.last.exists()
+        self.state = {"epoch": 0, "step": 0, "best": -1.0, "scores": {}}
+        if self.resumed:
+            self.state = load_checkpoint(self.last)
+        elif args.resume and any((self.folder / name).exists() for name in ("best.pt", "metrics.json")):
+            raise InputError(f"{self.last} is missing from a run that has results: move it back, or "
+                             f"name another --out")
+        elif (self.folder / "args.json").exists() and not (args.resume or args.overwrite):
+            raise InputError(f"{self.folder} already holds a run: --resume goes on with it, --overwrite "
+                             f"replaces it, --out names another folder")
+        self.started = self.saved_at = time.time()
+        self.terminated = False
+        signal.signal(signal.SIGTERM, self.on_sigterm)
+
+    def on_sigterm(self, *_) -> None:
+        """Clusters send SIGTERM before they take a machine back. The loop looks at the flag after each
+        step."""
+        self.terminated = True
+
+    def resume(self, model: nn.Module, description: dict) -> dict:
+        """The counters to start from: epoch (finished ones), step, best, scores. If there is a checkpoint
+        to resume, loads its weights; its "optimizer" is in the result too. InputError if another run made
+        it."""
+        if self.resumed:
+            check_resumed(self.state, description, self.last)
+            model.load_state_dict(self.state["model"])
+            self.started -= self.state["seconds"]
+        return self.state
+
+    def open(self, args: argparse.Namespace) -> None:
+        """Makes the folder. Called when model and data are good, so bad input leaves nothing behind."""
+        if rank():
+            return
+        try:
+            if args.overwrite and not args.resume and (self.folder / "args.json").exists():
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "args.json").write_text(json.dumps(plain(args), indent=1))
+            # A resumed run writes the entries after its checkpoint again.
+            kept = [e for e in self.read_log() if e["step"] <= self.state["step"]
+                    and ("loss" in e or e["epoch"] <= self.state["epoch"])]
+            temporary = self.folder / "log.tmp"
+            temporary.write_text("".join(json.dumps(e) + "\n" for e in kept))
+            temporary.replace(self.folder / "log.jsonl")
+        except OSError as e:
+            raise InputError(f"cannot write into {self.folder}: {e.strerror}") from None
+
+    def save(self, description: dict, model: nn.Module, optimizer: torch.optim.Optimizer,
+             **counters) -> None:
+        """Writes last.pt, from which --resume goes on. If a weight is not finite, the older file stays.
+        counters: as in `resume`."""
+        weights = model.state_dict()
+        if not torch.stack([w.isfinite().all() for w in weights.values()]).all():
+            raise InputError(f"the weights are not finite after step {counters['step']}: try a lower "
+                             f"--lr; the last checkpoint is untouched")
+        save_checkpoint(self.last, {**description, "model": weights, "optimizer": optimizer.state_dict(),
+                                    "seconds": time.time() - self.started, **counters})
+        self.saved_at = time.time()
+
+    def must_save(self) -> bool:
+        """Whether the last checkpoint is more than ten minutes old."""
+        return time.time() - self.saved_at > self.save_every
+
+    def must_stop(self) -> bool:
+        """Whether SIGTERM has reached any process. All of them then stop after the same step."""
+        return any_process(self.terminated)
+
+    def say_how_to_go_on(self, step: int) -> None:
+        if not rank():
+            tqdm.write(f"stopped by SIGTERM after step {step}; the same command with --resume goes on "
+                       f"from {self.last}", file=sys.stderr)
+
+    def log(self, **entry) -> None:
+        """Adds a line to log.jsonl."""
+        if rank():
+            return
+        entry["seconds"] = time.time() - self.started
+        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in entry.items()}
+        with open(self.folder / "log.jsonl", "a") as f:
+            f.write(json.dumps(rounded) + "\n")
+
+    def read_log(self) -> list[dict]:
+        """The log's entries. A last line that a kill has cut off is left out."""
+        path, entries = self.folder / "log.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return entries
+
+    def finish(self, model: nn.Module, args: argparse.Namespace, val: Dataset, scores: dict) -> None:
+        """Writes metrics.json (recipe, number of parameters, scores) and prints the scores."""
+        if rank():
+            return
+        recipe = {k: v for k, v in plain(args).items() if k not in MACHINE_FLAGS}
+        parameters = sum(p.numel() for p in model.parameters())
+        write_json(self.folder / "metrics.json", {**recipe, "parameters": parameters, "data": val.name,
+                                                  "images": len(val), **scores})
+        minutes = (time.time() - self.started) / 60
+        print(f"{val.name}, {len(val)} images, after {minutes:.1f} minutes: {in_percent(scores)}\n"
+              f"everything of this run: {self.folder}")
+
+
+def in_percent(scores: dict[str, float]) -> str:
+    """Scores in [0, 1] as one line. The metric gives -1 for a size that no object has."""
+    return ", ".join(f"{k} {100 * v:.1f}" for k, v in scores.items() if v >= 0)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes to a temporary name and renames, so that a file of this name is always whole."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.replace(path)

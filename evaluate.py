@@ -1,143 +1,248 @@
 """Evaluation: COCO AP of a checkpoint, a result file or another detector; COCO-C; pictures; the paper's
 tables.
 
-    python evaluate.py runs/NAME/last.pt --data coco                    AP, the paper's row beside ours
+    python evaluate.py runs/NAME/last.pt --data coco                    AP, with the paper's row
     python evaluate.py runs/NAME/last.pt --data coco --corruptions all  COCO-C (Table 4): 1 + 75 passes
     python evaluate.py runs/NAME/last.pt --images a.jpg b.png           boxes drawn on any pictures
     python evaluate.py runs/NAME/last.pt --images a.jpg --attention 3   where three detections looked
     python evaluate.py runs/NAME/last.pt --data coco --figure 6         as Figure 3: clean and corrupted
-    python evaluate.py fp-detr-lite.pth --data coco                     a released checkpoint is recognised
+    python evaluate.py fp-detr-lite.pth --data coco                     an authors' checkpoint is recognised
     python evaluate.py --predictions results.json --data coco           any detector's COCO result file
     python evaluate.py --model hf:facebook/detr-resnet-50 --data coco   a detector of transformers
-    python evaluate.py --table 2 runs/A runs/B                          finished runs as the paper's Table 2
+    python evaluate.py --table 2 runs/A runs/B                          finished runs in the paper's Table 2
 """
 import argparse
+import contextlib
 import copy
+import io
 import json
-import resource
-import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-import checkpoints
 import engine
-from coco import is_number
-from corruptions import NAMES, corrupt_seeded
-from data import DetectionSet, detection_set
-from hf import load_hugging_face
-from images import read_image, to_tensor
-from inference import METRICS, Scorer, best_boxes, coco_metrics, detect, detect_image, resize_to_test
-from model import Config, Detector, InputError, pad_to_multiple
-from pictures import Watch, attention_picture, corruption_chart, draw, grid, picture_results
-from report import markdown, read_json, write_json
-from tables import HEADERS, PAPER, corruption_row, paper_table
+from data import (DETECTION_DATA, DetectionSet, Transform, corners, detection_set, is_number, pad_batch,
+                  read_image, to_tensor)
+from engine import InputError
+from extras import corruptions, pictures, released, tables
+from extras.hf import load_hugging_face
+from extras.tables import METRICS
+from model import VARIANTS, Config, Detector, pad_to_multiple
 
-FIGURE_CORRUPTIONS = ("gaussian_noise", "motion_blur", "snow", "contrast", "jpeg_compression")
+# ------------------------------------------------------------------------------------- the metric (4.2)
+
+def metric_library() -> tuple[type, type]:
+    """(COCO, COCOeval) of faster-coco-eval where it is installed, else of pycocotools. Their numbers are
+    equal; the first is several times faster."""
+    try:
+        from faster_coco_eval import COCO, COCOeval_faster
+        return COCO, COCOeval_faster
+    except ImportError:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+        return COCO, COCOeval
 
 
-# ------------------------------------------------------------------------------------------ COCO-C (Table 4)
+def coco_metrics(ground_truth_json: str | Path | dict,
+                 detections: list[dict] | str | Path) -> dict[str, float]:
+    """COCO's box AP.
+
+    Args:
+        ground_truth_json: an annotation file in COCO format, or its content. detections: [{"image_id",
+        "category_id", "bbox": [x, y, w, h], "score"}], or a file with such a list.
+    Returns:
+        {"AP", "AP50", "AP75", "APs", "APm", "APl"} in [0, 1]; -1 where no object has that size.
+    """
+    COCO, COCOeval = metric_library()
+    if not isinstance(detections, list):
+        detections = json.loads(Path(detections).read_text())
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        truth = COCO() if isinstance(ground_truth_json, dict) else COCO(str(ground_truth_json))
+        if isinstance(ground_truth_json, dict):
+            truth.dataset = ground_truth_json
+            truth.createIndex()
+        unknown = {d["image_id"] for d in detections} - set(truth.getImgIds())
+        if unknown:
+            raise InputError(f"detections are for another data set: image id {min(unknown)} is not in its "
+                             f"annotations")
+        if detections:
+            results = truth.loadRes([dict(d) for d in detections])
+        else:
+            results = COCO()
+            results.dataset = {"images": truth.dataset["images"], "categories": truth.dataset["categories"],
+                               "annotations": []}
+            results.createIndex()
+        scores = COCOeval(truth, results, "bbox")
+        scores.evaluate()
+        scores.accumulate()
+        scores.summarize()
+    return dict(zip(METRICS, (float(v) for v in scores.stats[:6])))
+
+
+# -------------------------------------------------------------------------------------------- detection
+
+def best_boxes(outputs: dict, sizes: list[tuple[int, int]], top: int = 100) -> list[dict[str, Tensor]]:
+    """The `top` best of query x class scores per image, without non-maximum suppression (as Deformable
+    DETR).
+
+    Args:
+        outputs: "pred_logits" (B, Q, K), "pred_boxes" (B, Q, 4). sizes: (width, height) of each original
+            image.
+    Returns:
+        {"scores": (n,) falling, "labels": (n,) int64, "boxes": (n, 4) xyxy in pixels, clipped to the
+        image, "queries": (n,) int64, the query of each} per image.
+    """
+    K = outputs["pred_logits"].shape[-1]
+    scores = outputs["pred_logits"].sigmoid().flatten(1)  # (B, Q K)
+    scores, index = scores.topk(min(top, scores.shape[1]))
+    detections = []
+    for s, i, boxes, (w, h) in zip(scores.cpu(), index.cpu(), outputs["pred_boxes"].cpu(), sizes):
+        query, label = i // K, i % K
+        xyxy = corners(boxes[query]).clamp(0, 1) * torch.tensor([w, h, w, h])
+        detections.append({"scores": s, "labels": label, "boxes": xyxy, "queries": query})
+    return detections
+
+
+@torch.no_grad()
+def detect(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Namespace, device: torch.device,
+           batch_size: int = 1, bar: tqdm | None = None) -> list[dict]:
+    """Detections on a whole set as COCO result dicts. The processes share the work, and each gets the
+    whole list. `bar`: a progress bar over images to use instead of a new one."""
+    was_training = model.training
+    model.eval()
+    # GroupNorm in the released layout sees the padding of a batch, so its authors test images one by
+    # one.
+    if any(isinstance(module, released.ReleasedTokenizer) for module in model.modules()):
+        batch_size = 1
+    mine = Subset(dataset, range(engine.rank(), len(dataset), engine.world_size()))  # no image twice
+    loader = DataLoader(mine, batch_size, num_workers=args.workers, collate_fn=pad_batch)
+    own = tqdm(total=len(dataset), desc=f"detecting on {dataset.name}", leave=False, unit="img",
+               disable=engine.rank() > 0 or bar is not None)
+    results = []
+    for images, mask, targets in loader:
+        with engine.autocast(args, device):
+            outputs = model(images.to(device), None if mask is None else mask.to(device))
+        found = best_boxes(outputs, [t["size"] for t in targets])
+        for target, f in zip(targets, found):
+            results += result_dicts(f, target["image_id"], dataset.category_ids)
+        (own if bar is None else bar).update(len(targets) * engine.world_size())
+    own.close()
+    model.train(was_training)
+    return engine.gather(results)
+
+
+def result_dicts(found: dict[str, Tensor], image_id: int, category_ids: list[int]) -> list[dict]:
+    """An image's detections as COCO result dicts, rounded like COCO's own result files: a file of all of
+    COCO has 500,000 entries."""
+    xywh = torch.cat([found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]], 1)
+    rows = zip(found["scores"].tolist(), found["labels"].tolist(), xywh.tolist())
+    return [{"image_id": image_id, "category_id": category_ids[label], "bbox": [round(v, 2) for v in box],
+             "score": round(score, 6)} for score, label, box in rows]
+
+
+@torch.no_grad()
+def detect_image(model: torch.nn.Module, image: Image.Image, args: argparse.Namespace,
+                 device: torch.device) -> dict[str, Tensor]:
+    """Detections on one picture, as `best_boxes` returns them."""
+    pixels = to_tensor(resize_to_test(image, args.image_size))[None].to(device)  # (1, 3, H, W)
+    with engine.autocast(args, device):
+        outputs = model(pixels)
+    return best_boxes(outputs, [image.size])[0]
+
+
+def resize_to_test(image: Image.Image, image_size: int) -> Image.Image:
+    resized, _, _ = Transform(image_size)(image, np.zeros((0, 4)), np.zeros(0, int), np.random.default_rng(0))
+    return resized
+
+
+# ------------------------------------------------------------------------------------- COCO-C (Table 4)
 
 def evaluate_corruptions(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Namespace,
                          device: torch.device) -> dict:
-    """The clean pass and one per corruption and severity; what is measured is kept in corruptions.json after
-    each, so that an interrupted evaluation goes on where it was.
+    """Evaluates clean images and every corruption at every severity. Results are written to
+    corruptions.json after each pass, so the same command goes on where it was interrupted.
 
     Returns:
-        {"of": what was evaluated, "clean": metrics, "corruptions": {name: {severity: metrics}}, "seconds":
-        {"model", "data", "metric"}: waited for each, "memory": peak MiB after each pass}
+        {"of": what was evaluated, "clean": metrics, "corruptions": {name: {severity: metrics}}}
     """
-    path, state = args.out / "corruptions.json", start_corruptions(args, dataset)
+    path = args.out / "corruptions.json"
+    state = start_corruptions(path, args, dataset)
     passes = [("clean", 0)] + [(n, s) for n in args.corruptions for s in args.severities]
-    todo = [(n, s) for n, s in passes if not (state["clean"] if n == "clean" else
-                                              str(s) in state["corruptions"].get(n, {}))]
+    todo = [(n, s) for n, s in passes
+            if not (state["clean"] if n == "clean" else str(s) in state["corruptions"].get(n, {}))]
     bar = tqdm(total=len(passes) * len(dataset), initial=(len(passes) - len(todo)) * len(dataset),
                unit="img", desc="clean and corrupted", disable=engine.rank() > 0, smoothing=0.05)
-    scorer, waiting = Scorer(dataset.ground_truth, args.workers), []
-
-    def keep(count: int) -> None:
-        """Waits for the metric until at most `count` passes are left without."""
-        clock = time.perf_counter()
-        while len(waiting) > count:
-            name, severity, future = waiting.pop(0)
-            if name == "clean":
-                state["clean"] = future.result()
-            else:
-                state["corruptions"].setdefault(name, {})[str(severity)] = future.result()
-            state["memory"].append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-            write_json(path, state)
-        state["seconds"]["metric"] += time.perf_counter() - clock
-
     for name, severity in todo:
         bar.set_postfix_str(f"{name} {severity or ''}")
         corrupted = copy.copy(dataset)
         if severity:
-            corrupted.corruption = partial(corrupt_seeded, name=name, severity=severity, seed=args.seed,
-                                           frost_dir=args.frost_dir)
-        results = detect(model, corrupted, args, device, args.batch_size, bar, state["seconds"])
-        if not engine.rank():
-            clock = time.perf_counter()
-            waiting.append((name, severity, scorer.submit(results)))
-            state["seconds"]["metric"] += time.perf_counter() - clock
-            keep(count=1)
-    keep(count=0)
+            corrupted.corruption = partial(corruptions.corrupt_seeded, name=name, severity=severity,
+                                           seed=args.seed, frost_dir=args.frost_dir)
+        results = detect(model, corrupted, args, device, args.batch_size, bar)
+        if engine.rank() == 0:
+            metrics = coco_metrics(dataset.ground_truth, results)
+            if severity:
+                state["corruptions"].setdefault(name, {})[str(severity)] = metrics
+            else:
+                state["clean"] = metrics
+            engine.write_json(path, state)
     bar.close()
     return state
 
 
-def start_corruptions(args: argparse.Namespace, dataset: DetectionSet) -> dict:
-    """The content of corruptions.json if it is of the same evaluation, else a fresh one."""
-    path, of = args.out / "corruptions.json", {
-        "model": args.model or args.checkpoint, "data": dataset.name, "images": len(dataset),
-        "image_size": args.image_size, "seed": args.seed, "frost_dir": str(args.frost_dir or "generated")}
+def start_corruptions(path: Path, args: argparse.Namespace, dataset: DetectionSet) -> dict:
+    """The content of corruptions.json if it belongs to this evaluation, else a fresh one."""
+    of = {"model": args.model or args.checkpoint, "data": dataset.name, "images": len(dataset),
+          "image_size": args.image_size, "seed": args.seed, "frost_dir": str(args.frost_dir or "generated")}
     if args.checkpoint:  # a checkpoint that was trained further is another one
         of["changed"] = Path(args.checkpoint).stat().st_mtime
     if path.exists():
-        state = read_json(path, "evaluate.py --corruptions")
+        state = tables.read_json(path, "evaluate.py --corruptions")
         if state.get("of") != of:
             raise InputError(f"{path} holds another evaluation, of {state.get('of')}: remove it, or name "
                              f"another folder by --out")
         return state
-    return {"of": of, "clean": None, "corruptions": {}, "memory": [],
-            "seconds": {"model": 0.0, "data": 0.0, "metric": 0.0}}
+    return {"of": of, "clean": None, "corruptions": {}}
 
 
 def report_corruptions(state: dict, paper: str | None, args: argparse.Namespace) -> str:
-    """Draws the bar chart and returns what to print: the row of Table 4, and how far AP fell."""
-    row, clean = corruption_row(state), 100 * state["clean"]["AP"]
-    rows = {"this model": row, **({f"paper, {paper}": PAPER[4][paper]} if paper else {})}
-    corruption_chart(NAMES, row, clean, PAPER[4][paper] if paper else None, args.out / "corruptions.png")
-    seconds = ", ".join(f"{k} {v:.0f} s" for k, v in state["seconds"].items())
-    passes = sum(map(len, state["corruptions"].values()))
-    partial_mean = "" if passes == 5 * len(NAMES) else (
-        f", of {passes} of the {5 * len(NAMES)} corruptions and severities only")
-    return (f"{markdown('Table 4', HEADERS[4], list(rows.items()))}\n"
+    """Draws the bar chart and returns the row of Table 4, with mPC and rPC of Michaelis et al. 2019."""
+    row, clean = tables.corruption_row(state), 100 * state["clean"]["AP"]
+    paper_row = tables.PAPER[4][paper] if paper else None
+    pictures.corruption_chart(corruptions.NAMES, row, clean, paper_row, args.out / "corruptions.png")
+    rows = [("this model", row)] + ([(f"paper, {paper}", paper_row)] if paper else [])
+    passes, all_passes = sum(map(len, state["corruptions"].values())), 5 * len(corruptions.NAMES)
+    partial_mean = "" if passes == all_passes else (
+        f", of {passes} of the {all_passes} corruptions and severities only")
+    return (f"{tables.markdown('Table 4', tables.HEADERS[4], rows)}\n"
             f"clean AP {clean:.1f}, mean under corruption (mPC) {row[0]:.1f}, "
-            f"relative (rPC) {100 * row[0] / clean if clean else 0:.1f} %{partial_mean}\n"
-            f"waited for: {seconds}; peak memory {state['memory'][0]} MiB after the first pass, "
-            f"{state['memory'][-1]} MiB after the last")
+            f"relative (rPC) {100 * row[0] / clean if clean else 0:.1f} %{partial_mean}")
 
 
-# -------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------- pictures
 
 def draw_files(model: torch.nn.Module, classes: list[str], args: argparse.Namespace,
                device: torch.device) -> None:
-    """--images: detects on picture files and writes each, with its boxes, into the output folder; with
-    --attention also where its best detections looked."""
-    # all read before any is written
-    pictures = {Path(p).stem: read_image(p) for p in args.images}
-    if len(pictures) < len(args.images):
+    """--images: writes each picture with its detections; with --attention also where the best ones
+    looked."""
+    images = {Path(p).stem: read_image(p) for p in args.images}  # all are read before any is written
+    if len(images) < len(args.images):
         raise InputError("two of the --images have the same name, and so would their pictures: draw them "
                          "one by one")
     make_folder(args.out)
-    for name, image in pictures.items():
+    for name, image in images.items():
         found = detect_image(model, image, args, device)
-        draw(image, found, classes, args.threshold).save(args.out / f"{name}-detections.png")
-        print(f"{args.out / name}-detections.png: {int((found['scores'] >= args.threshold).sum())} objects")
+        path = args.out / f"{name}-detections.png"
+        pictures.draw_detections(image, found, classes, args.threshold).save(path)
+        print(f"{path}: {int((found['scores'] >= args.threshold).sum())} objects")
         if args.attention:
             draw_attention(model, image, classes, args, device, args.out / f"{name}-attention.png")
 
@@ -145,35 +250,44 @@ def draw_files(model: torch.nn.Module, classes: list[str], args: argparse.Namesp
 @torch.no_grad()
 def draw_attention(model: torch.nn.Module, image: Image.Image, classes: list[str], args: argparse.Namespace,
                    device: torch.device, path: Path) -> None:
-    """Where the `--attention` best detections on a picture looked, layer by layer (3.3: positions as visual
+    """Draws where the `--attention` best detections looked, layer by layer (3.3: positions as visual
     prompts)."""
-    config, pixels = model.encoder.config, to_tensor(resize_to_test(image, args))[None].to(device)
-    with Watch(model, config.queries) as watch, engine.autocast(args, device):
+    config = model.encoder.config
+    pixels = to_tensor(resize_to_test(image, args.image_size))[None].to(device)  # (1, 3, H, W)
+    with pictures.WatchSampling(model, config.queries) as watch, engine.autocast(args, device):
         found = best_boxes(model(pixels), [image.size])[0]
-    once = sorted({q: i for i, q in reversed(list(enumerate(found["queries"].tolist())))}.values())
-    found = {k: v[once[:args.attention]] for k, v in found.items()}  # a query may be there with two classes
+    first_of = {}  # query -> its best detection; a query may be there with two classes
+    for i, query in enumerate(found["queries"].tolist()):
+        first_of.setdefault(query, i)
+    shown = list(first_of.values())[:args.attention]
+    found = {k: v[shown] for k, v in found.items()}
     h, w = pixels.shape[-2:]
     padded_h, padded_w = pad_to_multiple(pixels, None, model.encoder.tokenizer.multiple)[0].shape[-2:]
     padded = (image.width * padded_w / w, image.height * padded_h / h)
-    attention_picture(image, watch.layers, padded, found, classes, config.entry_layer, path)
-    print(f"{path}: where the {len(found['queries'])} best detections looked")
+    pictures.attention_picture(image, watch.layers, padded, found, classes, config.entry_layer, path)
+    print(f"{path}: where the {len(shown)} best detections looked")
+
+
+FIGURE_CORRUPTIONS = ("gaussian_noise", "motion_blur", "snow", "contrast", "jpeg_compression")
 
 
 def draw_figure(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Namespace,
                 device: torch.device) -> None:
-    """--figure N, like Figure 3: a row for each of the first N images, clean and corrupted, with what is
-    detected."""
-    names, severity = args.corruptions or FIGURE_CORRUPTIONS, args.severities[len(args.severities) // 2]
+    """--figure N, like Figure 3: a row for each of the first N images, clean and corrupted, with their
+    detections."""
+    names = args.corruptions or FIGURE_CORRUPTIONS
+    severity = args.severities[len(args.severities) // 2]
     cells = []
     for record in dataset.records[:args.figure]:
-        image = record.image()
         for name in (None, *names):
-            seen = image if name is None else corrupt_seeded(
-                image, record.id, name=name, severity=severity, seed=args.seed, frost_dir=args.frost_dir)
-            found = detect_image(model, seen, args, device)
-            cells.append(draw(seen, found, dataset.classes, args.threshold))
+            image = record.image()
+            if name is not None:
+                image = corruptions.corrupt_seeded(image, record.id, name=name, severity=severity,
+                                                   seed=args.seed, frost_dir=args.frost_dir)
+            found = detect_image(model, image, args, device)
+            cells.append(pictures.draw_detections(image, found, dataset.classes, args.threshold))
     titles = ["clean", *(f"{n.replace('_', ' ')} {severity}" for n in names)]
-    grid(cells, columns=len(titles), titles=titles).save(args.out / "figure.png")
+    pictures.sheet_of(cells, columns=len(titles), titles=titles).save(args.out / "figure.png")
     print(f"{args.out / 'figure.png'}: {len(cells)} pictures")
 
 
@@ -184,28 +298,31 @@ def make_folder(path: Path) -> None:
         raise InputError(f"cannot write into {path} ({e.strerror}): choose another --out") from None
 
 
-# --------------------------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------------------ the command
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=engine.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
     parser.add_argument("checkpoint", nargs="*", help="a checkpoint of finetune.py or of the authors; with "
                                                       "--table: run folders")
     parser.add_argument("--predictions", metavar="FILE", help="score this COCO result file instead")
     parser.add_argument("--model", metavar="hf:NAME", help="a detector of the transformers package instead")
-    engine.add_data_flags(parser, f"{engine.DETECTION_DATA} (default: what the checkpoint was trained on)")
-    parser.set_defaults(data=None, image_size=None)
+    parser.add_argument("--data", help=f"{DETECTION_DATA} (default: the checkpoint's)")
+    parser.add_argument("--split", choices=("val", "train"), default="val", help="images to evaluate on")
+    parser.add_argument("--limit-val", type=engine.positive, help="evaluate on the first N images only")
+    parser.add_argument("--image-size", type=engine.positive,
+                        help="short side (default: the checkpoint's, else 800)")
     parser.add_argument("--batch-size", type=engine.positive, default=1, help="images per forward pass")
     parser.add_argument("--out", type=Path, help="folder for results and pictures (default: evaluation/ "
                                                  "beside the checkpoint or result file)")
-    parser.add_argument("--corruptions", nargs="+", choices=("all", *NAMES), metavar="NAME",
-                        help="COCO-C (Table 4): evaluate under these corruptions, or all, as well; goes on "
-                             "where it was interrupted. Names: " + ", ".join(NAMES))
+    parser.add_argument("--corruptions", nargs="+", choices=("all", *corruptions.NAMES), metavar="NAME",
+                        help="COCO-C (Table 4): evaluate under these corruptions too, or under all; goes on "
+                             "where it was interrupted. Names: " + ", ".join(corruptions.NAMES))
     parser.add_argument("--severities", nargs="+", type=int, choices=range(1, 6), default=[1, 2, 3, 4, 5],
                         metavar="1-5", help="of the corruptions (default: all five)")
     parser.add_argument("--frost-dir", type=Path,
                         help="folder with frost1.png ... frost5.jpg of the package imagecorruptions "
                              "(default: generated frost)")
+    parser.add_argument("--seed", type=engine.natural, default=0, help="of the corruptions")
     parser.add_argument("--images", nargs="+", metavar="FILE",
                         help="draw detections on these pictures; no evaluation")
     parser.add_argument("--attention", type=engine.positive, metavar="N",
@@ -213,8 +330,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--figure", type=engine.positive, metavar="N",
                         help="draw the first N images, clean and corrupted, with detections (Figure 3)")
     parser.add_argument("--threshold", type=float, default=0.3, help="least score of a box that is drawn")
-    parser.add_argument("--table", type=int, choices=sorted(PAPER),
+    parser.add_argument("--table", type=int, choices=sorted(tables.PAPER),
                         help="print this table of the paper with finished runs below its rows")
+    engine.add_device_flags(parser, parser)
     args = parser.parse_args()
     sources = [*args.checkpoint, *filter(None, (args.predictions, args.model))]
     if not args.table and len(sources) != 1:
@@ -227,13 +345,33 @@ def parse() -> argparse.Namespace:
     if args.attention and (args.model or not args.images):
         parser.error("--attention needs a checkpoint of FP-DETR and --images")
     if args.corruptions and "all" in args.corruptions:
-        args.corruptions = list(NAMES)
+        args.corruptions = list(corruptions.NAMES)
     if not args.table:
         args.checkpoint = args.checkpoint[0] if args.checkpoint else None
         named = f"runs/{args.model[3:].strip('/.').replace('/', '-')}/-" if args.model else None
-        beside = args.checkpoint or args.predictions or named
-        args.out = args.out or Path(beside).parent / "evaluation"
+        args.out = args.out or Path(args.checkpoint or args.predictions or named).parent / "evaluation"
     return args
+
+
+def load_detector(path: str | Path,
+                  detector: Callable[[Config, int], Detector] = Detector) -> tuple[Detector, dict]:
+    """A detector in eval mode from a checkpoint, and the checkpoint. It is ours, made by `detector`, or
+    one of the authors'. InputError if it is neither."""
+    checkpoint = released.read_checkpoint(path)
+    if checkpoint.get("stage") != "finetune":
+        raise InputError(f"{path} holds no detector: give a checkpoint of finetune.py or a released one")
+    try:
+        model = detector(Config(**checkpoint["config"]), len(checkpoint["classes"]))
+        if checkpoint["layout"] == "released":
+            released.released_layout(model)
+        engine.check_model_class(checkpoint, type(model).__name__, path)
+        model.to(checkpoint["model"]["queries.position"].dtype).load_state_dict(checkpoint["model"])
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise InputError(f"{path} is not a whole checkpoint of finetune.py: "
+                         f"{' '.join(str(e).split())[:200]}") from None
+    return model.eval(), checkpoint
 
 
 def check_classes(dataset: DetectionSet, classes: list[str], checkpoint: str) -> None:
@@ -253,77 +391,85 @@ def read_results(path: str, dataset: DetectionSet) -> list[dict]:
         raise InputError(f"results {path} cannot be read ({e})") from None
     images, categories = {r.id for r in dataset.records}, set(dataset.category_ids)
     for i, entry in enumerate(results if isinstance(results, list) else [None]):
-        if not (isinstance(entry, dict) and type(entry.get("image_id")) is int
-                and entry["image_id"] in images
-                and type(entry.get("category_id")) is int and entry["category_id"] in categories
-                and is_number(entry.get("score")) and isinstance(entry.get("bbox"), list)
-                and len(entry["bbox"]) == 4
-                and all(map(is_number, entry["bbox"])) and min(entry["bbox"][2:]) >= 0):
+        try:
+            good = (type(entry["image_id"]) is int and entry["image_id"] in images
+                    and type(entry["category_id"]) is int and entry["category_id"] in categories
+                    and type(entry["bbox"]) is list and len(entry["bbox"]) == 4
+                    and all(map(is_number, [*entry["bbox"], entry["score"]])) and min(entry["bbox"][2:]) >= 0)
+        except (KeyError, TypeError):
+            good = False
+        if not good:
             raise InputError(f"results {path}: entry {i} is no detection on {dataset.name}, which needs an "
                              f"image_id and a category_id of it, a bbox [x, y, w, h] and a score")
     return results
 
 
-def main(detector: Callable[[Config, int], Detector] = Detector,
-         read_data: Callable[..., DetectionSet] = detection_set) -> None:
-    """The command. A fork gives what makes its own detectors, or what reads its own data, as in
-    finetune.py."""
-    args = parse()
-    if args.table:
-        print(paper_table(args.table, args.checkpoint))
-        return
-    device = engine.setup(args)
-    model, info = checkpoints.load_detector(args.checkpoint, detector) if args.checkpoint else (None, {})
-    trained = info.get("args", {})
-    args.image_size = args.image_size or trained.get("image_size", 800)
-    if args.images:
-        model = model or load_hugging_face(args.model[3:])
-        return draw_files(model.to(device), info.get("classes") or model.classes, args, device)
-    dataset = read_data(data=args.data or trained.get("data", "coco"), split=args.split,
-                        root=args.data_root or trained.get("data_root"), limit=args.limit_val,
-                        image_size=args.image_size, cache=args.out)
-    if args.predictions:
-        results = read_results(args.predictions, dataset)
-    elif args.model:
-        model = load_hugging_face(args.model[3:], dataset.classes)
-    else:
-        check_classes(dataset, info["classes"], args.checkpoint)
-    if model is not None:
-        model.to(device)
-        engine.check_images(dataset)
-    if args.frost_dir:  # missing photographs show now
-        corrupt_seeded(Image.new("RGB", (32, 32)), 0, "frost", 1, frost_dir=args.frost_dir)
-    make_folder(args.out)
-    if args.figure:
-        return draw_figure(model, dataset, args, device)
-    variant = checkpoints.variant_of(info["config"]) if info else ""
-    paper = f"FP-DETR-{variant.capitalize()}"
-    if dataset.name not in ("coco val", "cityscapes val") or args.limit_val or paper not in PAPER[2]:
-        paper = None
-    if args.corruptions:
-        state = evaluate_corruptions(model, dataset, args, device)
-        if not engine.rank():
-            print(report_corruptions(state, paper if dataset.name == "coco val" else None, args))
-        return
-    if model is not None:
-        results = detect(model, dataset, args, device, args.batch_size)
-    if not engine.rank():
-        report(results, dataset, paper, args)
+def paper_row(checkpoint: dict, dataset: DetectionSet, limit: int | None) -> str | None:
+    """The name of the paper's row for this model and data, or None: the encoder must have the size of a
+    variant, and the validation set must be whole."""
+    sizes = {k: checkpoint.get("config", {}).get(k) for k in engine.ENCODER_SIZES}
+    for name, config in VARIANTS.items():
+        row = f"FP-DETR-{name.capitalize()}"
+        if sizes == {k: asdict(config)[k] for k in sizes} and row in tables.PAPER[2] and limit is None:
+            return row if dataset.name in ("coco val", "cityscapes val") else None
+    return None
 
 
 def report(results: list[dict], dataset: DetectionSet, paper: str | None, args: argparse.Namespace) -> None:
-    """Writes results.json, metrics.json and detections.png and prints the table."""
+    """Writes results.json, metrics.json and detections.png and prints the scores."""
     metrics = coco_metrics(dataset.ground_truth, results)
     (args.out / "results.json").write_text(json.dumps(results))
-    write_json(args.out / "metrics.json", {"data": dataset.name, "images": len(dataset), **metrics})
-    picture_results(dataset, results).save(args.out / "detections.png")
-    number = 5 if dataset.name.startswith("cityscapes") else 2
-    rows = {"this model": tuple(100 * v for v in metrics.values())}
+    engine.write_json(args.out / "metrics.json", {"data": dataset.name, "images": len(dataset), **metrics})
+    pictures.results_sheet(dataset, results).save(args.out / "detections.png")
+    rows = [("this model", tuple(100 * v for v in metrics.values()))]
     if paper:
-        first = HEADERS[number].index("AP")
-        rows[f"paper, {paper}"] = PAPER[number][paper][first:first + len(METRICS)]
+        number = 5 if dataset.name.startswith("cityscapes") else 2
+        first = tables.HEADERS[number].index("AP")
+        rows.append((f"paper, {paper}", tables.PAPER[number][paper][first:first + len(METRICS)]))
     print(f"{dataset.name}, {len(dataset)} images, AP in percent\n"
-          f"{markdown('', METRICS, list(rows.items()))}\nresults and pictures: {args.out}")
+          f"{tables.markdown('', METRICS, rows)}\nresults and pictures: {args.out}")
+
+
+def main(detector: Callable[[Config, int], Detector] = Detector,
+         read_data: Callable[..., DetectionSet] = detection_set) -> None:
+    """The command. A fork passes its own detector or data, as in finetune.py."""
+    args = parse()
+    if args.table:
+        print(tables.paper_table(args.table, args.checkpoint))
+        return
+    device = engine.setup(args)
+    model, checkpoint = load_detector(args.checkpoint, detector) if args.checkpoint else (None, {})
+    trained = checkpoint.get("args", {})
+    args.image_size = args.image_size or trained.get("image_size", 800)
+    if args.images:
+        model = model or load_hugging_face(args.model[3:])
+        draw_files(model.to(device), checkpoint.get("classes") or model.classes, args, device)
+        return
+    dataset = read_data(data=args.data or trained.get("data", "coco"), split=args.split,
+                        root=args.data_root or trained.get("data_root"), limit=args.limit_val,
+                        image_size=args.image_size)
+    if args.predictions:
+        results = read_results(args.predictions, dataset)
+    elif args.model:
+        model = load_hugging_face(args.model[3:], dataset.classes).to(device)
+    else:
+        check_classes(dataset, checkpoint["classes"], args.checkpoint)
+        model.to(device)
+    if args.frost_dir:  # finds missing photographs before the first pass
+        corruptions.corrupt_seeded(Image.new("RGB", (32, 32)), 0, "frost", 1, frost_dir=args.frost_dir)
+    make_folder(args.out)
+    paper = paper_row(checkpoint, dataset, args.limit_val)
+    if args.figure:
+        draw_figure(model, dataset, args, device)
+    elif args.corruptions:
+        state = evaluate_corruptions(model, dataset, args, device)
+        if engine.rank() == 0:
+            print(report_corruptions(state, paper if dataset.name == "coco val" else None, args))
+    else:
+        if model is not None:
+            results = detect(model, dataset, args, device, args.batch_size)
+        if engine.rank() == 0:
+            report(results, dataset, paper, args)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,15 @@
-"""FP-DETR: one deformable transformer encoder, asked by a few extra tokens (Wang et al., ICLR 2022, Sections
-3 and 4.1), with its variants: the task adaptors of Table 3 and the encoder-decoder of Table 7.
-
-With one extra token, the class token, the answer is an image class (`Classifier`, pre-training, 3.2); with
-300 of them, the object queries, it is a set of boxes (`Detector`, fine-tuning, 3.3). Both are the same
-mechanism here, and the encoder's state dict passes from one to the other with strict=True. Losses, data and
-training are elsewhere.
-
-Where the paper is silent, the authors' released code decides; where the two differ, the paper does (but for
-positions, see EncoderLayer, and what the adaptor is before and updates, see TaskAdaptor), and a comment says
-so. `released.py` turns a model of this file into the released layout. This file has more than 400 lines, so
-that Section 3 can be read in one go.
-
-Shapes: B images, N image tokens, E extra tokens (Q where they are queries, the paper's N_q), D channels, K
-classes; in attention M heads of C channels, L levels, P points.
-"""
+"""FP-DETR: a deformable transformer encoder, and a few extra tokens that ask it a question (Wang et
+al., ICLR 2022, Sections 3 and 4.1). Also its variants: the task adaptors of Table 3 and the
+encoder-decoder of Table 7.
+ With one extra token, the class token, the answer is an image class (`Classifier`, pre-training, 3.2).
+With 300 of them, the object queries, it is a set of boxes (`Detector`, fine-tuning, 3.3). Both use the
+same code, and the encoder's state dict passes from one to the other with strict=True.
+ We follow the paper. Where it is silent, we follow the authors' released code. Two exceptions are
+marked: where positions are added (EncoderLayer) and the place of the adaptor (TaskAdaptor).
+extras/released.py turns a model of this file into the released layout. Everything on this page is the
+paper; there is no boilerplate.
+ Shapes: B images, N image tokens, E extra tokens (Q for queries, the paper's N_q), D channels, K
+classes; in attention M heads of C channels, L levels, P points. """
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,57 +20,57 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deform_attn import MSDeformAttn, at_least_float32
-from deform_attn_jit import InputError
 
 
 @dataclass(frozen=True)
 class Config:
-    """The size of a model (Table 1). Frozen: derive a changed one with `dataclasses.replace`; InputError if
-    it is impossible. FP-EncDec (Table 7) is structure="encoder-decoder" together with adaptor="none"."""
+    """The size of a model (Table 1). `dataclasses.replace` derives another one; ValueError if it is
+    impossible. FP-EncDec (Table 7) has structure="encoder-decoder" and adaptor="none"."""
     dim: int = 256            # D, channels of every token
     mlp_dim: int = 1024       # hidden channels of a layer's MLP
     heads: int = 8            # M, attention heads
     tokenizer_dim: int = 192  # D0, channels inside the tokenizer (A.1)
-    layers: int = 12          # the paper's T
-    entry_layer: int = 7      # the first layer that sees the extra tokens, counted from 1 (4.1, after CaiT)
+    layers: int = 12          # T in the paper
+    entry_layer: int = 7      # first layer with the extra tokens, counted from 1 (4.1, after CaiT)
     points: int = 4           # P, sampling points per head and level (4.1); there are always four levels
     queries: int = 300        # N_q, object queries of a detector (4.1)
-    dropout: float = 0.0      # the released fine-tuning uses 0.1 everywhere; the paper does not mention it
+    dropout: float = 0.0      # 0.1 in the released fine-tuning; not in the paper
     drop_path: float = 0.0    # stochastic depth of the last layer, in pre-training
     adaptor: str = "self-attention"  # of a detector (Eq. 5); or "bilstm" or "none" (Table 3)
-    adaptor_per_layer: bool = False  # each layer that holds queries has its own, none is shared (Table 3)
-    structure: str = "encoder-only"  # or "encoder-decoder": from entry_layer on, decoder layers (A.2)
+    adaptor_per_layer: bool = False  # one adaptor per layer with queries instead of a shared one (Table 3)
+    structure: str = "encoder-only"  # or "encoder-decoder": decoder layers from entry_layer on (A.2)
     class_tokens: int = 1     # of a classifier; 300 in the better FP-EncDec (A.2)
 
     def __post_init__(self):
         decoder = self.structure == "encoder-decoder"
         if self.dim % self.heads or self.dim % 4:
-            raise InputError(f"dim {self.dim} must be divisible by 4 (positions) and by {self.heads} heads")
+            raise ValueError(f"dim {self.dim} must be divisible by 4 (positions) and by {self.heads} heads")
         if not decoder and self.structure != "encoder-only":
-            raise InputError(f"unknown structure {self.structure!r}: choose encoder-only or encoder-decoder")
+            raise ValueError(f"unknown structure {self.structure!r}: choose encoder-only or encoder-decoder")
         if not 1 + decoder <= self.entry_layer <= self.layers:
-            raise InputError(f"entry layer {self.entry_layer} is impossible in an {self.structure}: choose "
+            raise ValueError(f"entry layer {self.entry_layer} is impossible in an {self.structure}: choose "
                              f"one of {1 + decoder} to {self.layers}")
         if self.queries < 1:
-            raise InputError(f"{self.queries} queries cannot detect anything: choose 1 or more")
+            raise ValueError(f"{self.queries} queries cannot detect anything: choose 1 or more")
         if self.class_tokens < 1:
-            raise InputError(f"{self.class_tokens} class tokens cannot classify anything: choose 1 or more")
+            raise ValueError(f"{self.class_tokens} class tokens cannot classify anything: choose 1 or more")
         if self.adaptor not in ("self-attention", "bilstm", "none"):
-            raise InputError(f"unknown adaptor {self.adaptor!r}: choose self-attention, bilstm or none")
+            raise ValueError(f"unknown adaptor {self.adaptor!r}: choose self-attention, bilstm or none")
         if decoder and self.adaptor != "none":
-            raise InputError(f"adaptor {self.adaptor} in an encoder-decoder (A.2 has none): choose none")
+            raise ValueError(f"adaptor {self.adaptor} in an encoder-decoder (A.2 has none): choose none")
         if self.adaptor_per_layer and self.adaptor == "none":
-            raise InputError("adaptor none cannot be one per layer: choose self-attention or bilstm")
+            raise ValueError("adaptor none cannot be one per layer: choose self-attention or bilstm")
 
     @property
     def extra_layers(self) -> int:
-        """How many layers hold the extra tokens: the last six in the paper (4.1), three in ours for CPUs."""
+        """Number of layers with extra tokens: six in the paper (4.1), three in our small ones."""
         return self.layers - self.entry_layer + 1
 
 
 VARIANTS: dict[str, Config] = {
-    # Ours, for CPUs and teaching. On its pictures of 64 pixels, a class token that entered at layer 7 could
-    # look at every image token by itself, and those would learn nothing that queries can use (README).
+    # Ours, for CPUs and teaching. The extra tokens enter at layer 10: from layer 7 on, the class token
+    # could look at every token of a 64-pixel picture by itself, and the image tokens would learn
+    # little.
     "tiny": Config(dim=64, mlp_dim=256, heads=4, tokenizer_dim=64, queries=50, entry_layer=10),
     "tiny-wide": Config(dim=96, mlp_dim=384, heads=6, tokenizer_dim=96, queries=50, entry_layer=10),
     "lite": Config(),
@@ -83,19 +79,23 @@ VARIANTS: dict[str, Config] = {
 }
 
 
-# ----------------------------------------------------------------------------------- image tokens (3.1, A.1)
+# ------------------------------------------------------------------------------ image tokens (3.1, A.1)
 
 class Tokenizer(nn.Module):
-    """Table 6: four non-overlapping convolutions in a chain, each followed by a LayerNorm; strides 8, 16,
-    32, 64. Each level is projected to D by its own linear layer (A.1). Released code: see released.py."""
+    """Four non-overlapping convolutions in a chain, each followed by a LayerNorm (Table 6). Strides are
+    8, 16, 32, 64. A linear layer per level projects to D (A.1). Released code: see
+    extras/released.py."""
     strides = (8, 16, 32, 64)
-    multiple = 64  # a detector pads its images to a multiple of this, lest the last patches be cut off
+    multiple = 64  # a detector pads its images to a multiple of this, so that no patch is cut off
 
     def __init__(self, config: Config):
         super().__init__()
         d0 = config.tokenizer_dim
-        chain = ((3, 8), (d0, 2), (d0, 2), (d0, 2))  # (input channels, kernel size); strides are the same
-        self.convs = nn.ModuleList(nn.Conv2d(channels, d0, k, stride=k) for channels, k in chain)
+        self.convs = nn.ModuleList([
+            nn.Conv2d(3, d0, kernel_size=8, stride=8),
+            nn.Conv2d(d0, d0, kernel_size=2, stride=2),
+            nn.Conv2d(d0, d0, kernel_size=2, stride=2),
+            nn.Conv2d(d0, d0, kernel_size=2, stride=2)])
         self.norms = nn.ModuleList(nn.LayerNorm(d0, eps=1e-6) for _ in self.convs)  # eps as released
         self.projections = nn.ModuleList(nn.Linear(d0, config.dim) for _ in self.convs)
         for projection in self.projections:
@@ -103,10 +103,12 @@ class Tokenizer(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images: (B, 3, H, W), H, W at least 64 -> four levels, each (B, H // stride, W // stride, D)."""
+        """images: (B, 3, H, W), sides of 64 or more -> four levels, each (B, H // stride, W // stride,
+        D)."""
         if min(images.shape[-2:]) < self.strides[-1]:
             raise ValueError(f"images of {tuple(images.shape[-2:])} pixels: each side needs at least 64")
-        levels, x = [], images
+        levels = []
+        x = images
         for conv, norm, projection in zip(self.convs, self.norms, self.projections):
             x = norm(conv(x).permute(0, 2, 3, 1))  # (B, h, w, D0)
             levels.append(projection(x))
@@ -115,8 +117,11 @@ class Tokenizer(nn.Module):
 
 
 def sine_positions(valid: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """Sine embedding of each token's place, counted over valid tokens and scaled to [0, 2 pi] (as in
-    Deformable DETR). valid: (B, h, w) bool, False at padding -> (B, h, w, dim) of `dtype`, y, then x."""
+    """Sine embedding of each token's row and column, counted over valid tokens and scaled to [0, 2 pi]
+    (as in Deformable DETR).
+
+    valid: (B, h, w) bool, False at padding -> (B, h, w, dim) of `dtype`: channels of y, then of x.
+    """
     places = []
     for axis in (1, 2):
         place = valid.cumsum(axis, dtype=dtype)  # 1, 2, 3, ... along the axis
@@ -129,30 +134,30 @@ def sine_positions(valid: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 
 @dataclass
 class ImageTokens:
-    """What the encoder knows of a batch of images; N = sum of h_l w_l tokens, levels fine to coarse: 3.1."""
+    """A batch of images as tokens (3.1). N is the number of tokens on all levels, finest level first."""
     content: Tensor                # (B, N, D)
     positions: Tensor              # (B, N, D), sine position + level embedding
-    references: Tensor             # (B, N, 4, 2), each token's own centre as (x, y) on every level's map
+    references: Tensor             # (B, N, 4, 2), each token's centre as (x, y) on every level's map
     shapes: list[tuple[int, int]]  # (h_l, w_l)
     padding: Tensor | None         # (B, N), True at padding; None if no image is padded
-    valid_ratios: Tensor           # (B, 4, 2), the part of each level's (width, height) that is no padding
+    valid_ratios: Tensor           # (B, 4, 2), valid part of each level's (width, height)
 
 
-# -------------------------------------------------------------------------------- extra tokens (Eq. 1 and 4)
+# --------------------------------------------------------------------------- extra tokens (Eq. 1 and 4)
 
 @dataclass
 class ExtraTokens:
     """The class tokens or the object queries of a batch, E of them."""
     content: Tensor     # (B, E, D)
     positions: Tensor   # (B, E, D), the visual prompts
-    references: Tensor  # (B, E, 2) as (x, y) in [0, 1] of the unpadded image; a fork that refines boxes may
-    #                     give (B, E, 4), as (x, y, w, h)
+    references: Tensor  # (B, E, 2) as (x, y) in [0, 1] of the unpadded image.
+    #                     A fork that refines boxes may give (B, E, 4) as (x, y, w, h).
 
 
 class ExtraTokenEmbedding(nn.Module):
-    """Learned content and position of the extra tokens. The position is a *visual prompt* (3.3): a linear
-    layer maps it to the reference point, so it says where to look. One token pre-trains (x_cls; A.2: or
-    300), N_q tokens detect (x_obj, p)."""
+    """Learned content and position of the extra tokens. Pre-training has one of them (x_cls, Eq. 1; or
+    300, A.2), detection has N_q (x_obj and p, Eq. 4). The position is a *visual prompt* (3.3): a linear
+    layer maps it to the reference point, so it says where to look."""
 
     def __init__(self, count: int, dim: int):
         super().__init__()
@@ -163,31 +168,32 @@ class ExtraTokenEmbedding(nn.Module):
         nn.init.zeros_(self.reference_points.bias)
 
     def forward(self, batch_size: int) -> ExtraTokens:
-        with torch.autocast(self.position.device.type, enabled=False):
+        with torch.autocast(self.position.device.type, enabled=False):  # geometry in float32
             references = self.reference_points(self.position).sigmoid()
         parts = (self.content, self.position, references)
         return ExtraTokens(*(x.expand(batch_size, -1, -1) for x in parts))
 
 
 class TaskAdaptor(nn.Module):
-    """The task adaptor of Eq. 5, before each layer that holds queries; by default self-attention among them,
-    shared by these layers, else a Bi-LSTM along them (4.3, Table 3). The relations between objects, which
-    one class token could never learn in pre-training, come in here. (Eq. 5 has it before every layer, but
-    there are no queries before the 7th; and it updates the content only, as positions are not part of it.)
+    """The task adaptor of Eq. 5, called before each layer with queries: self-attention among the
+    queries, shared by these layers. Table 3 compares it with a Bi-LSTM along the queries. It brings in
+    the relations between objects, which a single class token cannot learn in pre-training.
 
-    Released code: the LayerNorm is one per layer and runs over the image tokens too (see released.py).
-    Paper: nothing about a norm; we keep one on the queries, shared like the attention.
-    """
+    Paper: before every layer (Eq. 5). Ours and the released code: before layers 7 to 12, as there are
+    no queries earlier. It updates the content; positions stay. Paper: no norm is mentioned. Released
+    code: one LayerNorm per layer, which runs over the image tokens too (extras/released.py). Ours: one
+    LayerNorm on the queries, shared like the attention. """
 
     def __init__(self, config: Config):
         super().__init__()
         if config.adaptor == "bilstm":
-            # Sized by neither paper nor code. With ours, D / 4 channels a direction, both added, Lite in the
-            # released layout has Table 3's rounded number of parameters (README, "Parameters").
+            # Neither paper nor code gives its size. With D / 4 channels per direction, both added, the
+            # parameters of Lite in the released layout round to those of Table 3 (docs/results.md).
             self.lstm = nn.LSTM(config.dim, config.dim // 4, batch_first=True, bidirectional=True)
             self.projection = nn.Linear(config.dim // 4, config.dim)
-            for weight in (p for p in self.parameters() if p.dim() == 2):  # as every matrix, released code
-                nn.init.xavier_uniform_(weight)
+            for parameter in self.parameters():
+                if parameter.dim() == 2:  # every matrix, as in the released code
+                    nn.init.xavier_uniform_(parameter)
         else:
             self.attention = nn.MultiheadAttention(config.dim, config.heads, dropout=config.dropout,
                                                    batch_first=True)
@@ -196,43 +202,50 @@ class TaskAdaptor(nn.Module):
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, extra: Tensor, positions: Tensor, memory: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """extra, positions: (B, E, D); memory: the image tokens (B, N, D); index: 0 before the first layer
-        with queries, then 1, 2, ... -> the new extra and image tokens (the latter unchanged)."""
-        return self.norm(self.relate(extra, positions)), memory
+        """
+        Args:
+            extra, positions: (B, E, D). memory: the image tokens (B, N, D).
+            index: 0 before the first layer with queries, then 1, 2, ...
+        Returns:
+            the new extra tokens (B, E, D) and the image tokens, unchanged here.
+        """
+        return self.norm(self.mix_queries(extra, positions)), memory
 
-    def relate(self, extra: Tensor, positions: Tensor) -> Tensor:
-        """extra, positions: (B, E, D) -> (B, E, D), the queries with what they learnt of each other."""
-        where = extra + positions
+    def mix_queries(self, extra: Tensor, positions: Tensor) -> Tensor:
+        """Adds to each query a message from the others: extra, positions (B, E, D) -> (B, E, D)."""
+        prompted = extra + positions
         if hasattr(self, "lstm"):
-            forwards, backwards = self.lstm(where)[0].chunk(2, -1)  # (B, E, D / 4) each
-            related = self.projection(forwards + backwards)
+            both, _ = self.lstm(prompted)  # (B, E, D / 2)
+            left_to_right, right_to_left = both.chunk(2, dim=-1)
+            message = self.projection(left_to_right + right_to_left)
         else:
-            related = self.attention(where, where, extra, need_weights=False)[0]
-        return extra + self.dropout(related)
+            message, _ = self.attention(prompted, prompted, extra, need_weights=False)
+        return extra + self.dropout(message)
 
 
 class AdaptorPerLayer(nn.ModuleList):
-    """Table 3 without sharing: every layer that holds queries has an adaptor of its own."""
+    """One adaptor for each layer with queries (Table 3, not shared)."""
 
     def forward(self, extra: Tensor, positions: Tensor, memory: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """As of a TaskAdaptor."""
-        return self[index](extra, positions, memory, 0)  # its one layer is its first
+        """As TaskAdaptor.forward."""
+        return self[index](extra, positions, memory, 0)  # each adaptor serves one layer, its first
 
 
-def build_adaptor(config: Config, kind: type[TaskAdaptor] = TaskAdaptor) -> nn.Module | None:
-    """A row of Table 3: no adaptor, one of its own for each layer, or one for all."""
+def build_adaptor(config: Config, adaptor: type[TaskAdaptor] = TaskAdaptor) -> nn.Module | None:
+    """A row of Table 3: no adaptor, one for each layer, or one for all."""
     if config.adaptor == "none":
         return None
     if config.adaptor_per_layer:
-        return AdaptorPerLayer(kind(config) for _ in range(config.extra_layers))
-    return kind(config)
+        return AdaptorPerLayer(adaptor(config) for _ in range(config.extra_layers))
+    return adaptor(config)
 
 
-# ---------------------------------------------------------------------------------- encoder (3.2, 4.1, A.2)
+# ------------------------------------------------------------------------------ encoder (3.2, 4.1, A.2)
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016), one of the DeiT strategies (4.1): in training, a residual branch
-    is left out for a random `rate` of the images, and the others' is scaled up to keep the mean."""
+    """Stochastic depth (Huang et al. 2016), one of the DeiT strategies (4.1). In training it drops a
+    residual branch for a random part `rate` of the images and scales the others up, so that the mean
+    stays."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -246,14 +259,14 @@ class DropPath(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """z' = LN(MSDSA(z) + z), z = LN(MLP(z') + z'): Eq. 2 and 3, post-norm. `depth` in [0, 1]: where the
-    layer is, from the first to the last; stochastic depth grows with it."""
+    """z' = LN(MSDSA(z) + z), then z = LN(MLP(z') + z'): Eq. 2 and 3, post-norm. `depth`: 0 in the first
+    layer, 1 in the last; stochastic depth grows with it."""
 
     def __init__(self, config: Config, depth: float):
         super().__init__()
         self.attention = MSDeformAttn(config.dim, config.heads, levels=4, points=config.points)
         self.norm1 = nn.LayerNorm(config.dim)
-        # Dropout before ReLU or after it is the same; before, the backward pass needs one tensor less.
+        # Dropout before ReLU equals dropout after it, and saves a tensor for the backward pass.
         self.mlp = nn.Sequential(nn.Linear(config.dim, config.mlp_dim), nn.Dropout(config.dropout),
                                  nn.ReLU(), nn.Linear(config.mlp_dim, config.dim))
         for linear in (self.mlp[0], self.mlp[3]):
@@ -266,26 +279,27 @@ class EncoderLayer(nn.Module):
                 image: ImageTokens) -> Tensor:
         """
         Args:
-            tokens, positions: (B, T, D), the tokens to be updated. references: (B, T, 4, 2), their reference
-                points on each level's map, padding included.
-            memory: (B, N, D), the image tokens that they sample; `image` gives their shapes and padding.
+            tokens, positions: (B, T, D), the tokens to be updated.
+            references: (B, T, 4, 2), their reference points on each level's map, padding included.
+            memory: (B, N, D), the image tokens to sample from. image: their shapes and padding.
         Returns:
             (B, T, D)
         """
-        # 3.2 makes the extra tokens a fifth level and masks it, so that nobody attends to them. A masked
-        # softmax gives that level weight 0; we leave it out instead: the same result exactly, for a fifth
-        # less sampling. So the values are the image tokens alone, which cannot depend on the extra tokens.
-        # Eq. 4 adds positions to the content once, at the input. Like the released code and Deformable DETR
-        # we add them to the query side of every layer instead: a prompt has to be readable in every layer.
+        # Paper (3.2): the extra tokens are a fifth level, masked so that no token attends to them. A
+        # masked softmax gives that level weight 0. We leave the level out: exactly the same result, for
+        # a fifth less sampling. So only image tokens are sampled, and they cannot depend on the extra
+        # tokens. Paper (Eq. 4): positions are added to the content once, at the input. Released code,
+        # Deformable DETR and ours: added to the query side of every layer, because each layer has to
+        # read the prompt.
         attended = self.attention(tokens + positions, references, memory, image.shapes, image.padding)
         tokens = self.norm1(tokens + self.drop_path(self.dropout(attended)))
         return self.norm2(tokens + self.drop_path(self.dropout(self.mlp(tokens))))
 
 
 class DecoderLayer(EncoderLayer):
-    """A layer of FP-EncDec (A.2), post-norm as in Deformable DETR: standard self-attention among the extra
-    tokens, then these alone take an encoder layer's way, so that MSDSA becomes cross-attention to the image
-    tokens, which stay as the last encoder layer left them."""
+    """A layer of FP-EncDec (A.2), post-norm as in Deformable DETR. The extra tokens first attend to
+    each other, then they alone pass an encoder layer, in which MSDSA is cross-attention to the image
+    tokens. The image tokens stay as the last encoder layer left them."""
 
     def __init__(self, config: Config, depth: float):
         super().__init__(config, depth)
@@ -296,38 +310,39 @@ class DecoderLayer(EncoderLayer):
 
     def forward(self, tokens: Tensor, positions: Tensor, references: Tensor, memory: Tensor,
                 image: ImageTokens) -> Tensor:
-        """Arguments and result as of an EncoderLayer; `tokens` are extra tokens alone."""
-        where = tokens + positions
-        related = self.self_attention(where, where, tokens, need_weights=False)[0]
-        tokens = self.norm0(tokens + self.drop_path(self.dropout(related)))
+        """As EncoderLayer.forward; `tokens` are the extra tokens."""
+        prompted = tokens + positions
+        attended, _ = self.self_attention(prompted, prompted, tokens, need_weights=False)
+        tokens = self.norm0(tokens + self.drop_path(self.dropout(attended)))
         return super().forward(tokens, positions, references, memory, image)
 
 
 class Encoder(nn.Module):
-    """Everything that pre-training hands over: tokenizer, level embedding, the T layers, decoder or not."""
+    """The part that pre-training passes on to fine-tuning: tokenizer, level embedding and all layers."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.tokenizer = Tokenizer(config)
         self.level_embed = nn.Parameter(torch.randn(4, config.dim))
-        later = DecoderLayer if config.structure == "encoder-decoder" else EncoderLayer
-        kinds = [EncoderLayer] * (config.entry_layer - 1) + [later] * config.extra_layers
-        self.layers = nn.ModuleList(kind(config, depth=i / max(1, config.layers - 1))
-                                    for i, kind in enumerate(kinds))
-        self.checkpointing = False  # whether training keeps only the layers' inputs for the backward pass
+        self.layers = nn.ModuleList()
+        for i in range(config.layers):
+            decoder = config.structure == "encoder-decoder" and i + 1 >= config.entry_layer
+            layer = DecoderLayer if decoder else EncoderLayer
+            self.layers.append(layer(config, depth=i / max(1, config.layers - 1)))
+        self.checkpointing = False  # True: training keeps only the layers' inputs for the backward pass
 
     def embed(self, images: Tensor, padding_mask: Tensor | None) -> ImageTokens:
-        """images (B, 3, H, W), padding_mask (B, H, W), True at padding, or None -> the sequence of 3.1."""
+        """The token sequence of 3.1. images: (B, 3, H, W). padding_mask: (B, H, W), True at padding, or
+        None."""
         levels = self.tokenizer(images)
         valid = [torch.ones(x.shape[:3], dtype=torch.bool, device=x.device) for x in levels]
         if padding_mask is not None:
-            # "nearest", as in Deformable DETR: a token is valid if its top left pixel is, where the stride
-            # divides the side.
+            # A token is valid if its top left pixel is ("nearest", as in Deformable DETR).
             valid = [~F.interpolate(padding_mask[:, None].float(), v.shape[1:])[:, 0].bool() for v in valid]
         dtype = self.level_embed.dtype
         shapes = [tuple(v.shape[1:]) for v in valid]
-        # per level (B, 2), the width and height that are no padding
+        # valid columns and rows per level, (B, 2) each
         counts = [torch.stack([v[:, 0].sum(1), v[:, :, 0].sum(1)], -1).to(dtype) for v in valid]
         valid_ratios = torch.stack([torch.stack([n[:, 0] / w, n[:, 1] / h], -1)
                                     for n, (h, w) in zip(counts, shapes)], 1)  # (B, 4, 2)
@@ -348,17 +363,19 @@ class Encoder(nn.Module):
         Args:
             images: (B, 3, H, W). padding_mask: (B, H, W), True at padding, or None if there is none.
             extra: the tokens that enter at `config.entry_layer`.
-            adapt: adapt(extra, image tokens, index) -> both, called before each layer that holds them, see
-                `Detector.adapt`; None in pre-training.
+            adapt: adapt(extra, image tokens, index) -> both, called before each layer with extra tokens;
+                `Detector.adapt`, or None in pre-training.
         Returns:
-            the extra tokens after each layer that holds them; the image tokens (B, N, D) that the last of
+            the extra tokens after each layer that has them; the image tokens (B, N, D) that the last of
             these layers sampled.
         """
         image = self.embed(images, padding_mask)
-        memory, states = image.content, []
-        for layer in self.layers[:self.config.entry_layer - 1]:
+        memory = image.content  # (B, N, D)
+        first = self.config.entry_layer - 1
+        for layer in self.layers[:first]:
             memory = self.call(layer, memory, image.positions, image.references, memory, image)
-        for layer in self.layers[self.config.entry_layer - 1:]:
+        states = []
+        for layer in self.layers[first:]:
             if adapt is not None:
                 extra, memory = adapt(extra, memory, len(states))
             references = extra.references[:, :, None, :2] * image.valid_ratios[:, None]  # (B, E, 4, 2)
@@ -370,27 +387,28 @@ class Encoder(nn.Module):
 
     def with_extra_tokens(self, layer: EncoderLayer, extra: Tensor, positions: Tensor, references: Tensor,
                           memory: Tensor, image: ImageTokens) -> tuple[Tensor, Tensor]:
-        """A layer that holds extra tokens: (B, E, D) and the image tokens (B, N, D) -> both, updated."""
+        """One layer with extra tokens: updates them (B, E, D) and the image tokens (B, N, D)."""
         if isinstance(layer, DecoderLayer) or layer is self.layers[-1]:
-            # The last layer updates the extra tokens alone, too: nobody would read its image tokens.
+            # The last layer updates the extra tokens only: nothing reads its image tokens.
             return layer(extra, positions, references, memory, image), memory
-        # Order of Eq. 1 and 4, extra tokens first (the released code puts them last; no effect).
+        # Extra tokens first, as in Eq. 1 and 4. (The released code puts them last; the order has no
+        # effect.)
         tokens = layer(torch.cat([extra, memory], 1), torch.cat([positions, image.positions], 1),
                        torch.cat([references, image.references], 1), memory, image)  # (B, E + N, D)
         return tokens[:, :extra.shape[1]], tokens[:, extra.shape[1]:]
 
     def call(self, function: Callable, *inputs) -> Tensor | tuple[Tensor, Tensor]:
-        """function(*inputs), of which training keeps the inputs only, if it is to save memory."""
+        """function(*inputs), with activation checkpointing if it is on."""
         if self.checkpointing and self.training:
             return checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)
 
 
-# ------------------------------------------------------------------------------------------------ the models
+# ------------------------------------------------------------------------------------------- the models
 
 class Classifier(nn.Module):
-    """Pre-training (3.2): the class token of the last layer, through a linear layer. If there are several,
-    "pooled into a single class token" (A.2): by their mean, since the paper does not say how."""
+    """Pre-training (3.2): a linear layer on the class token of the last layer. Several class tokens are
+    "pooled into a single class token" (A.2). We take their mean; the paper does not say how."""
 
     def __init__(self, config: Config, num_classes: int):
         super().__init__()
@@ -406,7 +424,8 @@ class Classifier(nn.Module):
 
 def pad_to_multiple(images: Tensor, padding_mask: Tensor | None,
                     multiple: int) -> tuple[Tensor, Tensor | None]:
-    """Pads (B, 3, H, W) images with zeros and their (B, H, W) mask with True, at the right and bottom."""
+    """Pads (B, 3, H, W) images with zeros and their (B, H, W) mask with True, at the right and
+    bottom."""
     h, w = images.shape[-2:]
     bottom, right = -h % multiple, -w % multiple
     if not (bottom or right):
@@ -417,13 +436,14 @@ def pad_to_multiple(images: Tensor, padding_mask: Tensor | None,
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Of numbers in [0, 1]; those nearer to 0 or 1 than `eps` are taken to be there (Deformable DETR)."""
+    """log(x / (1 - x)) of numbers in [0, 1], with x and 1 - x at least `eps` (Deformable DETR)."""
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
 class Detector(nn.Module):
-    """Fine-tuning (3.3): the class token replaced by object queries, a task adaptor among them, two heads
-    shared by the supervised layers (deep supervision on all that hold queries, the last six in 4.1)."""
+    """Fine-tuning (3.3): object queries in place of the class token, a task adaptor, a class and a box
+    head. The heads are shared by all layers with queries, which are all supervised (the last six,
+    4.1)."""
 
     def __init__(self, config: Config, num_classes: int):
         super().__init__()
@@ -434,18 +454,20 @@ class Detector(nn.Module):
         nn.init.constant_(self.class_head.bias, -math.log(99))  # every class starts at 1 %, as RetinaNet
         self.box_head = nn.Sequential(nn.Linear(config.dim, config.dim), nn.ReLU(),
                                       nn.Linear(config.dim, config.dim), nn.ReLU(), nn.Linear(config.dim, 4))
-        nn.init.zeros_(self.box_head[-1].weight)  # so boxes start at their reference point, 12 % wide
+        # Boxes start at their reference point, 12 % of the image wide.
+        nn.init.zeros_(self.box_head[-1].weight)
         with torch.no_grad():
             self.box_head[-1].bias.copy_(torch.tensor([0.0, 0.0, -2.0, -2.0]))
 
     def forward(self, images: Tensor, padding_mask: Tensor | None = None) -> dict:
         """
         Args:
-            images: (B, 3, H, W), normalised, any size. padding_mask: (B, H, W), True at padding, or None.
+            images: (B, 3, H, W), normalised, any size. padding_mask: (B, H, W), True at padding, or
+            None.
         Returns:
             {"pred_logits": (B, Q, K), "pred_boxes": (B, Q, 4), "aux_outputs": [the same two keys] per
-            earlier layer}; boxes are float32 (cx, cy, w, h) in [0, 1] of the unpadded image; logits are for
-            a sigmoid per class.
+            earlier layer}; boxes are float32 (cx, cy, w, h) in [0, 1] of the unpadded image; logits are
+            for a sigmoid per class.
         """
         images, padding_mask = pad_to_multiple(images, padding_mask, self.encoder.tokenizer.multiple)
         states, _ = self.encoder(images, self.queries(len(images)), padding_mask, self.adapt)
@@ -454,17 +476,17 @@ class Detector(nn.Module):
         return {**outputs[-1], "aux_outputs": outputs[:-1]}
 
     def adapt(self, queries: ExtraTokens, memory: Tensor, index: int) -> tuple[ExtraTokens, Tensor]:
-        """Eq. 5. memory: the image tokens (B, N, D); index: how many layers with queries have passed ->
-        both, as the next layer is to take them."""
+        """Eq. 5: the queries and image tokens (B, N, D) that the next layer takes. index: number of
+        layers with queries so far. A fork can override it."""
         if self.adaptor is None:
             return queries, memory
         content, memory = self.adaptor(queries.content, queries.positions, memory, index)
         return replace(queries, content=content), memory
 
     def boxes(self, queries: ExtraTokens) -> Tensor:
-        """(B, Q, 4) float32 cxcywh in [0, 1], predicted relative to the reference points: their centres, or
-        centres and sizes if these are given, too."""
+        """(B, Q, 4) float32 cxcywh in [0, 1], predicted relative to the reference points (Deformable
+        DETR): to their centres, and to their sizes if a fork gives them."""
         with torch.autocast(queries.content.device.type, enabled=False):
             start = inverse_sigmoid(queries.references)
-            start = F.pad(start, (0, 4 - start.shape[-1]))  # nothing added to width and height
+            start = F.pad(start, (0, 4 - start.shape[-1]))  # adds 0 to width and height
             return (self.box_head(at_least_float32(queries.content)) + start).sigmoid()

@@ -1,9 +1,9 @@
-"""Plausible mistakes, planted one at a time in a copy of the project: each must make a test fail.
+"""Plants plausible mistakes in a copy of the project, one at a time. Each must make a test fail.
 
-    python tests/mutations.py           some six minutes; prints which test caught which mistake
+    python tests/mutations.py           all of them, in less than ten minutes
     python tests/mutations.py 3 17      only these
 
-(tests/test_mutations.py sees to it that each still finds its place in the code.)
+It prints the test that caught each mistake. test_mutations.py checks that each still fits the code.
 """
 import os
 import re
@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MUTATIONS = [  # the mistake, its file, the right text, the wrong one, the test files that may catch it
-    ("x and y exchanged in positions", "model.py", "valid.cumsum(axis,", "valid.cumsum(3 - axis,", "model"),
+MUTATIONS = [  # the mistake, its file, the right text, the wrong text, the test files that may catch it
+    ("x and y exchanged in positions", "model.py", "valid.cumsum(axis", "valid.cumsum(3 - axis", "model"),
     ("norm before the residual", "model.py",
      "self.norm1(tokens + self.drop_path(self.dropout(attended)))",
      "tokens + self.drop_path(self.dropout(self.norm1(attended)))", "model"),
@@ -25,73 +25,71 @@ MUTATIONS = [  # the mistake, its file, the right text, the wrong one, the test 
     ("extra tokens pass for image tokens", "model.py",
      "tokens[:, :extra.shape[1]], tokens[:, extra.shape[1]:]",
      "tokens[:, :extra.shape[1]], tokens[:, :-extra.shape[1]]", "model"),
-    ("the adaptor does not see the prompts", "model.py", "where = extra + positions\n        if has",
-     "where = extra\n        if has", "model"),
-    ("one adaptor where each layer has its own", "model.py", "return self[index](", "return self[0](",
-     "model"),
-    ("stochastic depth lowers the mean", "model.py", "branch * keep / (1 - self.rate)", "branch * keep",
-     "model"),
+    ("the adaptor does not see the prompts", "model.py",
+     "prompted = extra + positions", "prompted = extra", "model"),
+    ("one adaptor where each layer has its own", "model.py", "self[index](", "self[0](", "model"),
+    ("stochastic depth lowers the mean", "model.py",
+     "branch * keep / (1 - self.rate)", "branch * keep", "model"),
     ("boxes start large", "model.py", "[0.0, 0.0, -2.0, -2.0]", "[0.0, 0.0, 2.0, 2.0]", "model"),
     ("class tokens are not pooled", "model.py", "content.mean(1)", "content[:, 0]", "model"),
     ("offsets divided by the other side", "deform_attn.py",
-     "at_least_float32(x) / w, at_least_float32(y) / h", "at_least_float32(x) / h, at_least_float32(y) / w",
-     "deform_attn"),
-    ("a softmax per level", "deform_attn.py", ".flatten(3).softmax(-1).unflatten(-1, (L, P))",
-     ".softmax(-1)", "deform_attn"),
-    ("pixel centres at whole numbers", "deform_attn_kernel.cu", "to_real(offset[0]) - real(0.5)",
-     "to_real(offset[0])", "deform_attn_kernel"),
-    ("the right border counts as outside", "deform_attn_kernel.cu", "right = x0 >= -1 && x0 < W - 1",
-     "right = x0 >= -1 && x0 < W - 2", "deform_attn_kernel"),
-    ("GIoU raises the cost", "finetune.py", "- GIOU_WEIGHT * giou(pred", "+ GIOU_WEIGHT * giou(pred",
-     "finetune"),
+     "at_least_float32(x) / w, at_least_float32(y) / h",
+     "at_least_float32(x) / h, at_least_float32(y) / w", "deform_attn"),
+    ("a softmax per level", "deform_attn.py",
+     "logits.flatten(3).softmax(-1).unflatten(-1, (L, P))", "logits.softmax(-1)", "deform_attn"),
+    ("pixel centres at whole numbers", "deform_attn_kernel.cu",
+     "to_real(offset[0]) - real(0.5)", "to_real(offset[0])", "deform_attn_kernel"),
+    ("the right border counts as outside", "deform_attn_kernel.cu",
+     "right = x0 >= -1 && x0 < W - 1", "right = x0 >= -1 && x0 < W - 2", "deform_attn_kernel"),
+    ("GIoU lowers the cost of boxes far away", "finetune.py",
+     "giou_cost = -giou(", "giou_cost = giou(", "finetune"),
     ("focal loss: alpha at the negatives", "finetune.py",
-     "FOCAL_ALPHA * (1 - p) ** 2, (1 - FOCAL_ALPHA) * p ** 2", "(1 - FOCAL_ALPHA) * (1 - p) ** 2, "
-     "FOCAL_ALPHA * p ** 2", "finetune"),
-    ("padded objects are matched", "finetune.py", "linear_sum_assignment(c[:, :n])",
-     "linear_sum_assignment(c)", "finetune"),
-    ("normalised by objects, not by matches", "finetune.py", "sum(min(len(t[\"labels\"]), queries) for",
-     "sum(len(t[\"labels\"]) for", "finetune"),
-    ("targets of the wrong image", "finetune.py", "first[i % len(targets)]", "first[i // len(layers)]",
-     "finetune"),
-    ("GIoU without the hull", "finetune.py", "- (hull - union) / hull.clamp(min=tiny)", "", "finetune"),
-    ("the learning rate drops an epoch late", "engine.py", "steps_per_epoch >= lr_drop",
-     "steps_per_epoch > lr_drop", "engine finetune"),
-    ("all parts learn at the same rate", "engine.py", "if part in name), 1.0)", "if part == name), 1.0)",
-     "engine finetune"),
-    ("warm-up an epoch early", "pretrain.py", "* epoch / args.warmup_epochs", "* (epoch + 1) / "
-     "args.warmup_epochs", "pretrain"),
+     "FOCAL_ALPHA * (1 - p) ** 2, (1 - FOCAL_ALPHA) * p ** 2)",
+     "(1 - FOCAL_ALPHA) * (1 - p) ** 2, FOCAL_ALPHA * p ** 2)", "finetune"),
+    ("padded objects are matched", "finetune.py",
+     "linear_sum_assignment(c[:, :n])", "linear_sum_assignment(c)", "finetune"),
+    ("normalised by objects, not by matches", "finetune.py",
+     "min(len(t[\"labels\"]), queries)", "len(t[\"labels\"])", "finetune"),
+    ("targets of the wrong image", "finetune.py",
+     "first[i % len(targets)]", "first[i // len(layers)]", "finetune"),
+    ("GIoU without the hull", "finetune.py", " - (hull - union) / hull.clamp(min=tiny)", "", "finetune"),
+    ("the learning rate drops an epoch late", "finetune.py",
+     "step // steps_per_epoch >= lr_drop", "step // steps_per_epoch > lr_drop", "finetune"),
+    ("all parts learn at the same rate", "finetune.py",
+     "if part in name)", "if part == name)", "finetune"),
+    ("warm-up an epoch early", "pretrain.py",
+     "* epoch / args.warmup_epochs", "* (epoch + 1) / args.warmup_epochs", "pretrain"),
     ("one-cycle ends too high", "pretrain.py", "args.lr / 20 / 1e4", "args.lr / 20", "pretrain"),
-    ("CutMix: the ratio drawn, not the ratio cut", "augment.py",
+    ("semantic softmax: a mean over the level's images", "pretrain.py",
+     ".sum() / len(target)", ".sum() / (column >= 0).sum().clamp(min=1)", "pretrain"),
+    ("CutMix: the ratio drawn, not the ratio cut", "extras/augment.py",
      "        ratio = 1 - (y1 - y0) * (x1 - x0) / (h * w)\n", "", "augment"),
-    ("label smoothing over the other classes", "augment.py", "smoothing / num_classes",
-     "smoothing / (num_classes - 1)", "augment"),
-    ("semantic softmax: a mean over the level's images", "semantic.py", "/ len(target)",
-     "/ (place >= 0).sum().clamp(min=1)", "pretrain"),
-    ("shot noise too strong", "corruptions.py", "(60,), (25,), (12,)", "(60,), (24,), (12,)", "corruptions"),
-    ("contrast around grey", "corruptions.py", "mean = (image / 255).mean((0, 1))",
-     "mean = np.full(3, (image / 255).mean())", "corruptions"),
-    ("fog grows brighter", "corruptions.py", "x * peak / (peak + density) * 255", "x * 255", "corruptions"),
-    ("boxes scaled by the other side", "inference.py", "torch.tensor([w, h, w, h])",
-     "torch.tensor([h, w, h, w])", "evaluate"),
+    ("label smoothing over the other classes", "extras/augment.py",
+     "smoothing / num_classes", "smoothing / (num_classes - 1)", "augment"),
+    ("shot noise too strong", "extras/corruptions.py",
+     "(60,), (25,), (12,)", "(60,), (24,), (12,)", "corruptions"),
+    ("contrast around grey", "extras/corruptions.py",
+     "mean = (image / 255).mean((0, 1))", "mean = np.full(3, (image / 255).mean())", "corruptions"),
+    ("fog grows brighter", "extras/corruptions.py",
+     "x * peak / (peak + density) * 255", "x * 255", "corruptions"),
+    ("boxes scaled by the other side", "evaluate.py",
+     "torch.tensor([w, h, w, h])", "torch.tensor([h, w, h, w])", "evaluate"),
 ]
 
 
-def planted(right: str, wrong: str, text: str) -> str:
-    """The text with the mistake in it. ValueError unless the right text stands there exactly once."""
+def plant(right: str, wrong: str, text: str) -> str:
+    """Returns the text with the mistake. ValueError unless the right text occurs exactly once."""
     if text.count(right) != 1:
-        raise ValueError(f"{right!r} stands there {text.count(right)} times")
+        raise ValueError(f"{right!r} occurs {text.count(right)} times")
     return text.replace(right, wrong)
 
 
-def caught_by(number: int, folder: Path) -> str | None:
-    """The first test that fails with a mistake, or None."""
-    _, file, right, wrong, tests = MUTATIONS[number]
-    path, original = folder / file, (folder / file).read_text()
-    path.write_text(planted(right, wrong, original))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *(f"tests/test_{t}.py" for t in tests.split())]
+def first_failure(tests: str, folder: Path) -> str | None:
+    """Runs test files in the copy `folder` until a test fails. Returns its name, or None."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+               *(f"tests/test_{name}.py" for name in tests.split())]
     environment = {"FPDETR_REFERENCE_DATA": str(ROOT.parent / "shared"), **os.environ}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
-    path.write_text(original)
     if done.returncode == 0:
         return None
     found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
@@ -99,16 +97,23 @@ def caught_by(number: int, folder: Path) -> str | None:
 
 
 def main() -> None:
-    numbers = [int(n) for n in sys.argv[1:]] or range(len(MUTATIONS))
+    chosen = [MUTATIONS[int(n)] for n in sys.argv[1:]] or MUTATIONS
+    survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         leave_out = shutil.ignore_patterns("runs", ".git", "data")
         folder = shutil.copytree(ROOT, Path(folder) / "copy", ignore=leave_out)
-        survivors = 0
-        for n in numbers:
-            test = caught_by(n, folder)
+        for tests in sorted({tests for *_, tests in chosen}):
+            if test := first_failure(tests, folder):
+                sys.exit(f"{test} fails without any mistake")
+        for what, file, right, wrong, tests in chosen:
+            original = (folder / file).read_text()
+            (folder / file).write_text(plant(right, wrong, original))
+            test = first_failure(tests, folder)
+            (folder / file).write_text(original)
             survivors += test is None
-            print(f"{n:2} {MUTATIONS[n][0]} ({MUTATIONS[n][1]}): {test or 'NOT CAUGHT'}", flush=True)
-    print(f"{len(numbers) - survivors} of {len(numbers)} mistakes were caught")
+            number = MUTATIONS.index((what, file, right, wrong, tests))
+            print(f"{number:2} {what} ({file}): {test or 'NOT CAUGHT'}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} mistakes were caught")
     sys.exit(survivors > 0)
 
 

@@ -1,4 +1,4 @@
-"""Each strategy against its definition."""
+"""Each augmentation of image classification against its definition."""
 import math
 
 import numpy as np
@@ -6,18 +6,15 @@ import pytest
 import torch
 from PIL import Image
 
-import augment
+from extras import augment
 
 RAMP = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")  # every grey once
 rng = np.random.default_rng
+PICTURE = Image.fromarray(rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
 
 
-def grey(image):
+def grey(image: Image.Image) -> np.ndarray:
     return np.asarray(image)[..., 0].astype(int)
-
-
-def picture(w=40, h=30, seed=0):
-    return Image.fromarray(rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("level", [0, 3.7, 9, 10])
@@ -35,121 +32,102 @@ def test_operations_on_every_grey_value(name, expected, level):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_enhancements_blend_with_their_degenerate_picture(sign):
-    x = np.asarray(picture()).astype(float)
-    factor = 1 + sign * 0.09 * 5
-    bright = np.asarray(augment.OPERATIONS["Brightness"](picture(), 5, sign))
-    assert np.abs(bright - (x * factor).clip(0, 255)).max() <= 1
-    luma = np.asarray(picture().convert("L")).astype(float)[..., None]
-    colour = np.asarray(augment.OPERATIONS["Color"](picture(), 5, sign))
-    assert np.abs(colour - (luma + factor * (x - luma)).clip(0, 255)).max() <= 1
-    contrast = np.asarray(augment.OPERATIONS["Contrast"](picture(), 5, sign))
-    mean = int(luma.mean() + 0.5)
-    assert np.abs(contrast - (mean + factor * (x - mean)).clip(0, 255)).max() <= 1
-    # the factor never falls below 0.1
-    dark = np.asarray(augment.OPERATIONS["Brightness"](picture(), 10, -1))
-    assert np.abs(dark - x * 0.1).max() <= 1
+    x = np.asarray(PICTURE).astype(float)
+    luma = np.asarray(PICTURE.convert("L")).astype(float)[..., None]
+    for name, degenerate in (("Brightness", 0), ("Color", luma), ("Contrast", int(luma.mean() + 0.5))):
+        for level, factor in ((5, 1 + sign * 0.45), (10, 1 + sign * 0.9)):
+            got = np.asarray(augment.OPERATIONS[name](PICTURE, level, sign))
+            expected = (degenerate + factor * (x - degenerate)).clip(0, 255)
+            assert np.abs(got - expected).max() <= 1, (name, level)
 
 
 def test_geometry_moves_by_the_stated_amounts():
-    image = Image.new("RGB", (200, 200))
-    image.paste((255, 255, 255), (98, 98, 103, 103))  # a spot that survives interpolation
-
-    def centroid(name, level, sign):
+    def centroid(name, level, sign, spot=(98, 98, 103, 103)):
+        """Where a spot of the picture goes, counted from the middle."""
+        image = Image.new("RGB", (200, 200))
+        image.paste((255, 255, 255), spot)
         pixels = np.asarray(augment.OPERATIONS[name](image, level, sign)).astype(float)
-        bright = pixels.min(-1) > 180
-        y, x = np.nonzero(bright)
+        y, x = np.nonzero(pixels.min(-1) > 180)
         return x.mean() - 100, y.mean() - 100
-
     assert centroid("TranslateX", 4, 1) == pytest.approx((-0.045 * 4 * 200, 0), abs=0.6)
     assert centroid("TranslateY", 4, -1) == pytest.approx((0, 0.045 * 4 * 200), abs=0.6)
     assert centroid("ShearX", 10, 1) == pytest.approx((-0.3 * 100, 0), abs=1)
     assert centroid("ShearY", 10, -1) == pytest.approx((0, 0.3 * 100), abs=1)
-    image.paste((0, 0, 0), (0, 0, 200, 200)), image.paste((255, 255, 255), (158, 98, 163, 103))
-    angle = math.radians(3 * 6)  # counter-clockwise, y points down
-    assert centroid("Rotate", 6, 1) == pytest.approx((60.5 * math.cos(angle), -60.5 * math.sin(angle)),
-                                                     abs=0.8)
-
-
-def test_identity_at_level_zero():
-    for name in ("Rotate", "Solarize", "SolarizeAdd", "Color", "Contrast", "Brightness", "Sharpness",
-                 "ShearX",
-                 "ShearY", "TranslateX", "TranslateY"):
-        assert np.array_equal(augment.OPERATIONS[name](picture(), 0, 1), picture()), name
+    angle = math.radians(3 * 6)  # counter-clockwise; y points down
+    turned = centroid("Rotate", 6, 1, spot=(158, 98, 163, 103))
+    assert turned == pytest.approx((60.5 * math.cos(angle), -60.5 * math.sin(angle)), abs=0.8)
+    moved = np.asarray(augment.OPERATIONS["TranslateX"](PICTURE, 10, 1))
+    assert (moved[:, -15:] == (124, 116, 104)).all()  # ImageNet's mean colour
 
 
 def test_rand_augment_draws_two_of_fifteen_and_skips_half(monkeypatch):
     calls = []
-    monkeypatch.setattr(augment, "OPERATIONS", {
-        k: (lambda image, v, sign, k=k: calls.append((k, v, sign)) or image) for k in augment.OPERATIONS})
+    spies = {name: lambda image, v, sign, name=name: calls.append((name, v, sign)) or image
+             for name in augment.OPERATIONS}
+    monkeypatch.setattr(augment, "OPERATIONS", spies)
     generator, n = rng(0), 4000
     for _ in range(n):
         augment.rand_augment(RAMP, generator)
-    assert len(augment.OPERATIONS) == 15
+    names, levels, signs = map(np.array, zip(*calls))
     assert len(calls) / n == pytest.approx(1, abs=0.05)  # two draws, each kept with probability 1/2
-    counts = np.unique([c[0] for c in calls], return_counts=True)[1]
+    counts = np.unique(names, return_counts=True)[1]
     assert len(counts) == 15 and counts.min() > 0.75 * counts.mean()
-    levels = np.array([c[1] for c in calls])
     assert levels.mean() == pytest.approx(9, abs=0.05) and levels.std() == pytest.approx(0.5, abs=0.05)
-    assert levels.max() <= 10 and np.mean([c[2] for c in calls]) == pytest.approx(0, abs=0.06)
+    assert levels.max() <= 10 and signs.mean() == pytest.approx(0, abs=0.06)
 
 
 def test_random_resized_crop_has_the_stated_area_and_aspect(monkeypatch):
-    boxes = []
-    monkeypatch.setattr(Image.Image, "resize", lambda self, size, resample, box: boxes.append(box) or self)
+    boxes, spy = [], lambda image, size, resample, box: boxes.append(box) or image
+    monkeypatch.setattr(Image.Image, "resize", spy)
     generator, image = rng(0), Image.new("RGB", (400, 300))
     for _ in range(2000):
         augment.random_resized_crop(image, 224, generator)
     x0, y0, x1, y1 = np.array(boxes).T
     area, aspect = (x1 - x0) * (y1 - y0) / 120000, (x1 - x0) / (y1 - y0)
     assert x0.min() >= 0 and y0.min() >= 0 and x1.max() <= 400 and y1.max() <= 300
-    assert 0.075 < area.min() < 0.1 and area.max() > 0.9 and 0.745 < aspect.min() and aspect.max() < 1.345
+    assert 0.075 < area.min() < 0.1 and area.max() > 0.9
+    assert 0.745 < aspect.min() and aspect.max() < 1.345
     monkeypatch.undo()
-    # no part of a long strip is of a permitted shape: the middle of the largest one
+    # No part of a long strip has a permitted aspect ratio, so the middle of the largest one is taken.
     strip = Image.fromarray(np.arange(400, dtype=np.uint8)[None].repeat(6, 0)).convert("RGB")
     assert grey(augment.random_resized_crop(strip, 8, rng(0))).mean() == pytest.approx(199.5, abs=1)
 
 
 def test_centre_crop_takes_224_of_256():
     image = Image.new("RGB", (512, 1024), (255, 0, 0))
-    image.paste((0, 255, 0), (32, 288, 480, 736))  # what is left at 1/2: the middle 224 of 256 x 512
-    assert np.array_equal(np.asarray(augment.centre_crop(image, 224))[8:-8, 8:-8],
-                          np.full((208, 208, 3), (0, 255, 0)))
-    assert np.asarray(augment.centre_crop(image.crop((31, 287, 481, 737)).resize((256, 256)),
-                                          224)).shape == (
-        224, 224, 3)
+    image.paste((0, 255, 0), (32, 288, 480, 736))  # half of it is the middle 224 x 224 of 256 x 512
+    got = np.asarray(augment.centre_crop(image, 224))
+    assert got.shape == (224, 224, 3) and (got[8:-8, 8:-8] == (0, 255, 0)).all()
 
 
 def test_random_erasing_replaces_one_rectangle_by_noise():
-    areas, erased = [], 0
+    areas = []
     for seed in range(400):
         pixels = augment.random_erasing(torch.full((3, 60, 80), 7.0), rng(seed))
-        hole = (pixels != 7).any(0)
-        if hole.any():
-            erased += 1
-            y, x = np.nonzero(hole.numpy())
-            h, w = y.max() - y.min() + 1, x.max() - x.min() + 1
-            assert hole.sum() == h * w  # a whole rectangle
+        y, x = (pixels != 7).any(0).nonzero(as_tuple=True)
+        if len(y):
+            h, w = (int(side.max() - side.min() + 1) for side in (y, x))
+            assert len(y) == h * w and 0.28 < h / w < 3.6  # a whole rectangle
             areas.append(h * w / 4800)
-            assert 0.28 < h / w < 3.6
             noise = pixels[:, y.min():y.max() + 1, x.min():x.max() + 1]
             assert abs(noise.mean()) < 6 / math.sqrt(noise.numel()) and abs(noise.std() - 1) < 0.3
-    assert erased / 400 == pytest.approx(0.25, abs=0.06) and min(areas) > 0.015 and max(areas) < 0.36
+    assert len(areas) / 400 == pytest.approx(0.25, abs=0.06) and min(areas) > 0.015 and max(areas) < 0.36
 
 
-def test_cutout_paints_half_the_side():
-    holes = []
+def test_cutout_paints_half_the_side_in_one_colour():
+    holes, plain = [], Image.new("RGB", (64, 64), (1, 2, 3))
     for seed in range(50):
-        image = Image.new("RGB", (64, 64), (1, 2, 3))
-        changed = (np.asarray(augment.cutout(image, rng(seed))) != (1, 2, 3)).any(-1)
-        holes.append(changed.sum())
-        assert len(np.unique(np.asarray(augment.cutout(image, rng(seed)))[changed], axis=0)) == 1
-        assert np.array_equal(image, Image.new("RGB", (64, 64), (1, 2, 3)))  # the original stays
+        got = np.asarray(augment.cutout(plain, rng(seed)))
+        painted = (got != (1, 2, 3)).any(-1)
+        holes.append(painted.sum())
+        assert len(np.unique(got[painted], axis=0)) == 1
     assert max(holes) == 32 * 32 and min(holes) >= 16 * 16
+    assert (np.asarray(plain) == (1, 2, 3)).all()  # the original stays
 
 
-def test_smoothing_by_hand():
-    got = augment.smooth_targets(torch.tensor([2]), 4, 0.1)
-    torch.testing.assert_close(got, torch.tensor([[0.025, 0.025, 0.925, 0.025]]))
+def two_pictures(h: int, w: int) -> torch.Tensor:
+    """(2, 3, h, w): zeros and ones."""
+    return torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 3, h, w).clone()
 
 
 def test_mixup_blends_with_the_reversed_batch():
@@ -158,60 +136,30 @@ def test_mixup_blends_with_the_reversed_batch():
     got, soft = augment.mix(images.clone(), targets, rng(3), mixup=0.8, cutmix=0)
     torch.testing.assert_close(got, ratio * images + (1 - ratio) * images.flip(0))
     torch.testing.assert_close(soft, ratio * torch.eye(4) + (1 - ratio) * torch.eye(4).flip(0))
+    assert augment.mix(images, targets, rng(3), mixup=0, cutmix=0)[0] is images
 
 
-def test_cutmix_pastes_a_box_and_counts_its_area():
-    for seed in range(20):
-        images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 32, 48).clone()
-        got, soft = augment.mix(images, torch.eye(4), rng(seed), mixup=0, cutmix=1)
-        kept = (got[0] == 0).float().mean().item()
-        assert soft[0].tolist() == pytest.approx([kept, 0, 0, 1 - kept], abs=1e-6)
-        y, x = np.nonzero((got[0, 0] == 3).numpy())
-        assert len(y) == 0 or len(y) == (y.max() - y.min() + 1) * (x.max() - x.min() + 1)
-
-
-class Fixed:
-    """A generator whose draws are known."""
-
-    def random(self):
-        return 0.4
-
-    def beta(self, a, b):
-        return 0.75
-
-    def integers(self, high):
-        return high // 2
-
-
-def test_cutmix_box_has_side_sqrt_of_one_minus_lambda():
-    images = torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 3, 40, 80).clone()
-    got, soft = augment.mix(images, torch.eye(2), Fixed())
+def test_the_cutmix_box_has_side_sqrt_of_one_minus_lambda():
+    class Fixed:  # a generator with known draws
+        random = lambda self: 0.4
+        beta = lambda self, a, b: 0.75
+        integers = lambda self, high: high // 2
+    got, soft = augment.mix(two_pictures(40, 80), torch.eye(2), Fixed())
     expected = torch.zeros(40, 80)
     expected[10:30, 20:60] = 1  # half of each side, in the middle
     assert torch.equal(got[0, 1], expected) and soft[0].tolist() == [0.75, 0.25]
 
 
-def test_equalize_and_sharpness_and_fill():
-    flat = Image.fromarray(np.repeat([[10, 20]], 510, 0).astype(np.uint8)).convert("RGB")
-    assert set(np.unique(grey(augment.OPERATIONS["Equalize"](flat, 5, 1)))) == {0, 255}  # two equal halves
-    edge = Image.fromarray(np.repeat([[100] * 4 + [150] * 4], 8, 0).astype(np.uint8)).convert("RGB")
-    steps = [np.ptp(grey(augment.OPERATIONS["Sharpness"](edge, 9, sign))) for sign in (-1, 1)]
-    assert steps[0] <= 50 < steps[1]
-    moved = np.asarray(augment.OPERATIONS["TranslateX"](picture(), 10, 1))
-    assert (moved[:, -15:] == augment.FILL).all()
-
-
 def test_mixup_and_cutmix_take_turns_at_the_stated_ratios():
-    pasted, blended = [], []
+    blended = []
     for seed in range(1500):
-        got, soft = augment.mix(torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 3, 16, 16).clone(),
-                                torch.eye(2), rng(seed))
-        (blended if 0 < got[0, 0, 0, 0] < 1 else pasted).append(soft[0, 0].item())
-    assert len(pasted) / 1500 == pytest.approx(0.5, abs=0.05)
-    # Beta(a, a) has variance 1 / (4 (2 a + 1))
-    assert np.var(blended) == pytest.approx(1 / (4 * 2.6), rel=0.15)
-
-
-def test_nothing_is_mixed_when_both_are_off():
-    images = torch.randn(3, 3, 4, 4)
-    assert augment.mix(images, torch.eye(3), rng(0), 0, 0)[0] is images
+        got, soft = augment.mix(two_pictures(16, 24), torch.eye(2), rng(seed))
+        kept = 1 - got[0].mean().item()  # of the first picture, which is 0
+        assert soft[0].tolist() == pytest.approx([kept, 1 - kept], abs=1e-5)
+        if 0 < got[0, 0, 0, 0] < 1:
+            blended.append(soft[0, 0].item())
+        else:  # a rectangle is pasted
+            y, x = got[0, 0].nonzero(as_tuple=True)
+            assert len(y) == 0 or len(y) == (y.max() - y.min() + 1) * (x.max() - x.min() + 1)
+    assert len(blended) / 1500 == pytest.approx(0.5, abs=0.05)
+    assert np.var(blended) == pytest.approx(1 / (4 * (2 * 0.8 + 1)), rel=0.15)  # of Beta(0.8, 0.8)

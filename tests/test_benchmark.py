@@ -1,67 +1,144 @@
-"""What the experiments cost, by arithmetic, against a count by hand; what training keeps in memory; and the
-operator's benchmark."""
-import sys
+"""FLOP, hours and memory against counts by hand, speeds against known durations, and the command."""
+import json
+import time
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-import benchmark
-import deform_attn_benchmark
-from benchmark import activation_bytes, cost_table, forward_flops
+import engine
 from conftest import deform_attn_inputs
 from deform_attn import ms_deform_attn_reference
-from model import Classifier, Detector
+from extras import benchmark
+from model import VARIANTS, Classifier, Detector
 
 
-def test_flop_are_those_of_a_count_by_hand():
-    """Lite at 224 pixels with a class token: two FLOP per multiplication, convolutions and linear layers."""
+def test_flop_of_pretraining():
+    """Lite at 224 pixels with a class token. Two FLOP per multiplication and addition."""
+    assert benchmark.forward_flops(Classifier, VARIANTS["lite"], (224, 224)) == 2 * (
+        layers_of_lite([28 * 28, 14 * 14, 7 * 7, 3 * 3], extra=1) + 256 * 1000)
+
+
+def test_flop_of_detection():
+    """Lite at 800 x 1333 pixels, padded to 832 x 1344, with 300 queries and 80 classes."""
+    adaptor = 4 * 256 * 256  # the projections to queries, keys, values and output
+    heads = 256 * 80 + 256 * 256 + 256 * 256 + 256 * 4
+    assert benchmark.forward_flops(Detector, VARIANTS["lite"], (800, 1333)) == 2 * (
+        layers_of_lite([104 * 168, 52 * 84, 26 * 42, 13 * 21], extra=300) + 6 * 300 * (adaptor + heads))
+
+
+def layers_of_lite(cells: list[int], extra: int) -> int:
+    """Counts the multiplications of Lite by hand. cells: of the four maps."""
     D, D0, hidden, samples = 256, 192, 1024, 8 * 4 * 4
-    sides = (28, 14, 7, 3)
-    N = sum(s * s for s in sides)
-    kernels = zip(sides, (8, 2, 2, 2), (3, D0, D0, D0))
-    tokenizer = sum(s * s * (k * k * c * D0 + D0 * D) for s, k, c in kernels)
-    per_query = D * (2 * samples + samples) + D * D + 2 * D * hidden  # offsets, weights, output; MLP
-    queries = 6 * N + 5 * (N + 1) + 1  # the last layer updates the class token alone
-    values, head, reference_point = 12 * N * D * D, D * 1000, D * 2
-    count = tokenizer + queries * per_query + values + head + reference_point
-    assert forward_flops(Classifier, "lite", (224, 224)) == 2 * count
-
-
-def test_hours_follow_from_the_flop(monkeypatch):
-    monkeypatch.setattr(benchmark, "EXPERIMENTS", {"COCO": benchmark.EXPERIMENTS["COCO"]})
-    row = next(line for line in cost_table().splitlines() if line.startswith("| COCO, lite"))
-    flop = forward_flops(Detector, "lite", (800, 1333))
-    hours = 3 * flop * 118_287 * 50 / (0.25 * 312e12) / 3600
-    assert [c.strip() for c in row.strip("|").split("|")][1:] == [
-        "800 x 1333", f"{flop / 1e9:.0f}", "118,287", "50", f"{hours:.1f}"]
+    N = sum(cells)
+    kernels = zip(cells, (8, 2, 2, 2), (3, D0, D0, D0))
+    tokenizer = sum(n * (k * k * c * D0 + D0 * D) for n, k, c in kernels)
+    token = D * (2 * samples + samples) + D * D + 2 * D * hidden  # offsets, weights, output; MLP
+    tokens = 6 * N + 5 * (N + extra) + extra  # the last layer updates the extra tokens alone
+    values = 12 * N * D * D
+    return tokenizer + tokens * token + values + extra * D * 2  # reference points
 
 
 def test_checkpointing_keeps_little_more_than_the_layers_inputs():
     """Twelve inputs of N tokens of D channels in float32, and the queries' part, which is small."""
-    H, W = 832, 1344  # padded to multiples of 64
-    inputs = 12 * 4 * 256 * sum(H // s * (W // s) for s in (8, 16, 32, 64))
-    assert inputs < activation_bytes("lite", True) < 1.5 * inputs < activation_bytes("lite", False) / 4
+    inputs = 12 * 4 * 256 * sum(832 // s * (1344 // s) for s in (8, 16, 32, 64))
+    kept = benchmark.activation_bytes(VARIANTS["lite"], True)
+    assert inputs < kept < 1.5 * inputs < benchmark.activation_bytes(VARIANTS["lite"], False) / 4
 
 
-def test_the_formulation_that_is_compared_with_computes_the_same():
-    shapes = [(5, 4), (3, 2), (1, 1)]
-    value, *rest = deform_attn_inputs(shapes, 2, 7, 3, 4, 2, torch.float64)
-    theirs = deform_attn_benchmark.stacked_formulation(value, shapes, *rest)
-    torch.testing.assert_close(theirs, ms_deform_attn_reference(value, shapes, *rest), rtol=0, atol=1e-12)
+def test_hours_by_arithmetic(capsys):
+    """17.6 GFLOP x 1,281,167 images x 300 epochs x 3 / 78 TFLOP/s = 260,000 s = 72.2 h, and so on."""
+    benchmark.main(["hours"])
+    rows = {}
+    for line in capsys.readouterr().out.splitlines():
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rows[name] = cells
+    assert rows["ImageNet-1k, lite"] == ["224 x 224", "17.6", "1,281,167", "900", "72.2"]
+    assert rows["COCO, base"][-1] == "84.4"
+    assert rows["Cityscapes, five seeds, lite"] == ["667 x 1333", "336.6", "2,975", "750", "2.7"]
+    assert rows["COCO-C, small"][-1] == "1.2"
+    assert [rows[f"ImageNet-1k, FP-EncDec, class tokens: {n}"][-1] for n in (1, 300)] == ["42.9", "56.9"]
+    assert rows["COCO, FP-EncDec"][-1] == "15.0"
+    assert rows["ImageNet-21k-P of winter21, base"][-1] == "559.4"
+    assert rows["lite"] == ["2.82", "0.33"]
 
 
-def test_the_operators_benchmark_times_every_path(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["deform_attn.py", "--benchmark", "--repeats", "1", "--device", "cpu"])
-    deform_attn_benchmark.main()
-    table = [line for line in capsys.readouterr().out.splitlines() if " us " in line]
-    expected = {"kernel ": 4, " float32": 6, " bfloat16": 2, "reference": 2, "grid_sample": 2}
+class SlowItems(torch.utils.data.Dataset):
+    """Each item takes `seconds` to load."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def __len__(self) -> int:
+        return 10_000
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        time.sleep(self.seconds)
+        return torch.zeros(3, 1, 1), 0
+
+
+@pytest.mark.parametrize("loading, training, expected", [
+    (0.02, 0.002, 100),   # loading is the limit: two processes, 50 images/s each
+    (0.002, 0.04, 100)])  # training is the limit: four images in 0.04 s
+def test_speeds_are_those_of_known_durations(loading, training, expected):
+    loader = DataLoader(SlowItems(loading), batch_size=4, num_workers=2)
+    durations = iter([0.5, 0.5])  # the first steps compile, and four batches of 4 images queue up
+
+    def train_on(batch: list) -> None:
+        time.sleep(next(durations, training))
+    alone, trained = benchmark.measure_speeds(loader, train_on, 0.6)
+    assert 0.8 < alone * loading / 2 < 1.1
+    assert 0.8 < trained / expected < 1.1
+
+
+FLAGS = ["--limit-train", "6", "--batch-size", "4", "--micro-batch", "2", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("stage, flags, images", [
+    ("finetune", ["--workers", "1", "--epochs", "5"], 5 * 6),
+    ("finetune", ["--layout", "released"], 14 * 6),
+    ("pretrain", ["--mixup", "0.8"], 4 * 4)])  # an incomplete last batch is dropped
+def test_a_stage_is_measured_and_nothing_is_written(tmp_path, monkeypatch, capsys, stage, flags, images):
+    monkeypatch.chdir(tmp_path)
+    benchmark.main([stage, "--seconds", "0", *FLAGS, *flags])
+    *page, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    speed = result["training_images_per_second"]
+    assert 0 < speed < result["loader_images_per_second"] and result["peak_gib"] > 0
+    assert result["hours"] == pytest.approx(images / speed / 3600)
+    for figure in f"{speed:.2f} images/s", f"{result['peak_gib']:.2f} GiB", f"{images} images":
+        assert figure in "\n".join(page)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_way_to_compute_the_operator_is_timed(capsys):
+    benchmark.main(["operator", "--repeats", "1", "--device", "cpu"])
+    out = capsys.readouterr().out
+    table = [line for line in out.splitlines() if " us " in line]
+    expected = {"kernel ": 4, " float32": 6, " bfloat16": 2, "reference": 2, "grid_sample and stack": 2}
     for path, rows in expected.items():
         assert sum(path in line for line in table) == rows
+    assert "compilation: " in out and "loading from the cache: " in out
 
 
-def test_the_operators_benchmark_refuses_the_reference_alone(monkeypatch, capsys):
+def test_the_common_formulation_computes_the_same():
+    shapes = [(5, 4), (3, 2), (1, 1)]
+    value, *rest = deform_attn_inputs(shapes, 2, 7, 3, 4, 2, torch.float64)
+    theirs = benchmark.stacked_attention(value, shapes, *rest)
+    expected = ms_deform_attn_reference(value, shapes, *rest)
+    torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["operator"], "FPDETR_DEFORM_ATTN=reference leaves nothing to compare"),
+    (["hours", "--fast"], "unrecognized arguments: --fast"),
+    (["finetune", "--sec", "1"], "unrecognized arguments: --sec"),
+    (["finetune", "--data", "nowhere"], "nowhere is missing"),
+    (["finetune", *FLAGS, "--structure", "encoder-decoder", "--adaptor", "bilstm"], "adaptor bilstm"),
+    (["pretrain", *FLAGS, "--tree", "no.json"], "no.json is missing")])
+def test_bad_input_ends_in_one_line(monkeypatch, capsys, arguments, says):
     monkeypatch.setenv("FPDETR_DEFORM_ATTN", "reference")
-    monkeypatch.setattr(sys, "argv", ["deform_attn.py", "--benchmark"])
     with pytest.raises(SystemExit) as stop:
-        deform_attn_benchmark.main()
-    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: FPDETR_DEFORM_ATTN=reference")
+        engine.run_script(benchmark.main, arguments=arguments)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "error: " in last and says in last

@@ -1,15 +1,16 @@
-"""Each corruption against images of the authors' package, and against its definition, pixel by pixel."""
+"""Each corruption against images of the authors' package and against its definition; the command."""
 import colorsys
 import math
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage
 
-import corruptions
-from corruptions import CORRUPTIONS, FROST_FILES, NAMES, corrupt, corrupt_seeded
-from model import InputError
+from engine import InputError, run_script
+from extras import corruptions
+from extras.corruptions import CORRUPTIONS, FROST_FILES, NAMES, corrupt, corrupt_seeded
 
 Seeded = np.random.RandomState
 SEVERITIES = range(1, 6)
@@ -38,7 +39,7 @@ def test_names_are_in_the_order_of_table_4():
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "frost"])
 def test_images_of_the_authors_package(name, shared):
-    """Theirs were made with the seed 100 (i + 1) + severity for the i-th corruption; 320 x 240 pixels."""
+    """The references were made with the seed 100 (i + 1) + severity for the i-th corruption."""
     goldens = np.load(shared("goldens/corruptions.npz"))
     for severity in SEVERITIES:
         seed = 100 * (NAMES.index(name) + 1) + severity
@@ -51,7 +52,7 @@ def test_images_of_the_authors_package(name, shared):
             assert error.max() == 0, severity
 
 
-# -------------------------------------------------------------------------------------- against definitions
+# ---------------------------------------------------------------------------------- against definitions
 
 @pytest.mark.parametrize("severity, photons", list(zip(SEVERITIES, (60, 25, 12, 5, 3))))
 def test_shot_noise_has_the_variance_of_so_many_photons(severity, photons):
@@ -181,7 +182,8 @@ def test_defocus_blur_is_the_mean_over_a_disk():
     expected = np.zeros(image.shape)
     for y in range(h):
         for x in range(w):
-            expected[y, x] = sum(image[mirrored(y + a, h), mirrored(x + b, w)] / len(disk) for a, b in disk)
+            pixels = [image[mirrored(y + a, h), mirrored(x + b, w)] for a, b in disk]
+            expected[y, x] = sum(pixel / len(disk) for pixel in pixels)
     got = corruptions.defocus_blur(image, None, *parameters("defocus_blur", 1))
     assert np.abs(got - expected).max() < 1e-4
 
@@ -215,11 +217,12 @@ def test_impulse_noise_hits_values_not_pixels():
     image = np.full((200, 300, 3), 128, np.uint8)
     for rng in (np.random.default_rng(0), Seeded(0)):
         got = corrupt(image, "impulse_noise", 5, rng)
-        assert [np.mean(got == v) for v in (0, 128, 255)] == pytest.approx([0.135, 0.73, 0.135], abs=0.005)
+        shares = [np.mean(got == v) for v in (0, 128, 255)]
+        assert shares == pytest.approx([0.135, 0.73, 0.135], abs=0.005)
         assert np.mean((got != 128).all(-1)) == pytest.approx(0.27 ** 3, abs=0.003)
 
 
-# ---------------------------------------------------------------------------------------------------- frost
+# ------------------------------------------------------------------------------------------------ frost
 
 BLACK = np.zeros((120, 161, 3), np.uint8)
 
@@ -256,7 +259,8 @@ def photos(tmp_path):
         size = ((60, 41), (20, 17), (30, 50), (90, 20), (49, 36))[i]
         pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
         image = Image.fromarray(pixels)
-        (image.convert("RGB") if name.endswith("jpg") else image).save(tmp_path / name)  # PNGs have an alpha
+        image = image.convert("RGB") if name.endswith("jpg") else image  # PNGs keep an alpha channel
+        image.save(tmp_path / name)
     return tmp_path
 
 
@@ -286,8 +290,8 @@ def test_frost_photographs_are_enlarged_and_cropped(photos):
                 v, u = (top + y + 0.5) * rows / height - 0.5, (left + x + 0.5) * columns / width - 0.5
                 for i in range(math.floor(v) - 1, math.floor(v) + 3):
                     for j in range(math.floor(u) - 1, math.floor(u) + 3):
-                        expected[y, x] += (cubic_weight(v - i) * cubic_weight(u - j)
-                                           * photo[min(max(i, 0), rows - 1), min(max(j, 0), columns - 1)])
+                        pixel = photo[min(max(i, 0), rows - 1), min(max(j, 0), columns - 1)]
+                        expected[y, x] += cubic_weight(v - i) * cubic_weight(u - j) * pixel
         expected = expected.round().clip(0, 255)
         assert np.array_equal(corruptions.frost_photo(33, 47, Seeded(seed), photos), expected)
         blended = (0.7 * picture() + 0.7 * expected).clip(0, 255)
@@ -309,7 +313,7 @@ def test_frost_says_which_photographs_are_missing(photos):
             corrupt(BLACK, "frost", 1, Seeded(seed), photos)
 
 
-# ---------------------------------------------------------------------------------------- all corruptions
+# -------------------------------------------------------------------------------------- all corruptions
 
 @pytest.mark.parametrize("name", NAMES)
 def test_small_and_odd_sizes(name):
@@ -333,8 +337,9 @@ def test_grey_is_stacked_to_three_channels(name):
 @pytest.mark.parametrize("image, name, severity, says", [
     (picture(31, 40), "fog", 1, "32 pixels"), (picture(40, 31), "fog", 1, "32 pixels"),
     (picture() / 255, "fog", 1, "uint8"), (picture()[None], "fog", 1, "shape"),
-    (np.zeros((40, 40, 4), np.uint8), "fog", 1, "shape"), (picture(), "rain", 1, "'rain'.*one of gaussian"),
-    (picture(), "fog", 0, "severity 0"), (picture(), "fog", 6, "1 to 5"), (picture(), "fog", 2.5, "2.5")])
+    (np.zeros((40, 40, 4), np.uint8), "fog", 1, "shape"),
+    (picture(), "rain", 1, "'rain'.*one of gaussian"), (picture(), "fog", 0, "severity 0"),
+    (picture(), "fog", 6, "1 to 5"), (picture(), "fog", 2.5, "2.5")])
 def test_what_cannot_be_corrupted(image, name, severity, says):
     with pytest.raises(InputError, match=says) as caught:
         corrupt(image, name, severity, Seeded(0))
@@ -362,3 +367,40 @@ def test_severity_and_corruption_change_the_draws():
     image = Image.new("RGB", (64, 64), (128, 128, 128))
     noise = [np.asarray(corrupt_seeded(image, 1, "gaussian_noise", s), float).ravel() for s in (1, 2)]
     assert abs(np.corrcoef(noise)[0, 1]) < 0.05
+
+
+# ------------------------------------------------------------------------------------------ the command
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["extras/corruptions.py", *map(str, arguments)])
+    run_script(corruptions.main)
+
+
+def test_sheet_of_all_corruptions(tmp_path, monkeypatch):
+    Image.fromarray(picture(60, 64)).save(tmp_path / "in.png")
+    run(monkeypatch, tmp_path / "out.png", tmp_path / "in.png")
+    sheet = np.asarray(Image.open(tmp_path / "out.png"))
+    assert sheet.shape == (5 * 68, 9 * 72, 3)  # three corruptions in a row at three severities
+    for row, column, name, severity in ((0, 1, NAMES[0], 3), (2, 3, "snow", 1), (4, 8, NAMES[-1], 5)):
+        expected = np.asarray(corrupt_seeded(Image.fromarray(picture(60, 64)), 0, name, severity))
+        cell = sheet[row * 68 + 4:row * 68 + 64, column * 72 + 4:column * 72 + 68]
+        assert np.array_equal(cell[40:], expected[40:])  # below its title
+
+
+def test_sheet_of_generated_shapes(tmp_path, monkeypatch):
+    run(monkeypatch, tmp_path / "out.png")
+    assert Image.open(tmp_path / "out.png").size == (9 * 288, 5 * 288)
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["no/out.png", "in.png"], "cannot write no/out.png"), (["out.png", "missing.png"], "missing.png"),
+    (["out.png", "text.png"], "text.png"), (["out.png", "narrow.png"], "32 pixels")])
+def test_bad_files_end_in_one_line(arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(picture(40, 64)).save("in.png")
+    Image.new("RGB", (900, 40)).save("narrow.png")
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, *arguments)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and says in error and error.count("\n") == 1

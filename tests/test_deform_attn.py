@@ -1,4 +1,5 @@
-"""The operator against a brute-force loop and finite differences."""
+"""Compares the operator with a loop over pixels and with finite differences."""
+import ctypes
 import math
 import os
 import shutil
@@ -11,9 +12,8 @@ from conftest import ROOT, deform_attn_inputs
 from torch.library import opcheck
 
 import deform_attn
-import deform_attn_jit
-from deform_attn import MSDeformAttn, ms_deform_attn, ms_deform_attn_reference
-from deform_attn_jit import InputError
+from deform_attn import (MSDeformAttn, ms_deform_attn, ms_deform_attn_reference,
+                         sampling_locations_and_weights)
 
 SHAPES = [(5, 7), (3, 4), (2, 2), (1, 1)]
 
@@ -23,7 +23,7 @@ def make_inputs(dtype=torch.float64, **sizes):
 
 
 def brute_force(value, references, offsets, logits):
-    """The docstring of ms_deform_attn, pixel by pixel."""
+    """Computes the formula in the docstring of ms_deform_attn, pixel by pixel."""
     B, Q, M, L, P, _ = offsets.shape
     output = torch.zeros(B, Q, M, value.shape[-1], dtype=value.dtype)
     for b in range(B):
@@ -50,6 +50,23 @@ def test_reference_equals_a_loop_over_pixels():
     torch.testing.assert_close(got, brute_force(*inputs), rtol=0, atol=1e-12)
 
 
+def test_sampling_locations_and_weights_are_the_ones_of_the_loop():
+    """grid_sample at the locations, weighted and summed, gives the loop's result."""
+    value, references, offsets, logits = make_inputs()
+    locations, weights = sampling_locations_and_weights(SHAPES, references, offsets, logits)
+    assert locations.shape == offsets.shape and weights.shape == logits.shape
+    output, levels = 0, value.split([h * w for h, w in SHAPES], dim=1)
+    for level, (h, w) in enumerate(SHAPES):
+        maps = levels[level].permute(0, 2, 3, 1).reshape(6, 5, h, w)  # (B * M, C, H_l, W_l)
+        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)  # (B * M, Q, P, 2)
+        samples = torch.nn.functional.grid_sample(maps, grid, align_corners=False)  # (B * M, C, Q, P)
+        level_weights = weights[:, :, :, level].transpose(1, 2).reshape(6, 1, 6, 2)  # (B * M, 1, Q, P)
+        output = output + (samples * level_weights).sum(-1)
+    output = output.view(2, 15, 6).transpose(1, 2)  # (B, Q, M * C)
+    expected = brute_force(value, references, offsets, logits)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+
+
 def test_reference_gradients_equal_finite_differences():
     inputs = [x.requires_grad_() for x in make_inputs(B=1, Q=2, M=2, C=2)]
     assert torch.autograd.gradcheck(lambda v, *rest: ms_deform_attn_reference(v, SHAPES, *rest), inputs)
@@ -62,7 +79,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=no_gpu)]
 
 @pytest.fixture(params=DEVICES)
 def kernel_device(request):
-    """Every device on which the kernel, and not the reference, should serve."""
+    """A device on which the kernel should run instead of the reference."""
     if request.param == "cpu" and not any(map(shutil.which, ("c++", "g++"))):
         pytest.skip("no C++ compiler here")
     return request.param
@@ -74,16 +91,28 @@ def on(device, inputs):
 
 def test_operator_is_registered_as_pytorch_wants_it(kernel_device):
     inputs = on(kernel_device, make_inputs(C=16, dtype=torch.float32))
-    opcheck(deform_attn.kernel_forward, (*inputs, FLAT))
-    output = deform_attn.kernel_forward(*inputs, FLAT)
-    opcheck(deform_attn.kernel_backward, (output.detach(), *(x.detach() for x in inputs), FLAT))
+    opcheck(torch.ops.fpdetr.ms_deform_attn.default, (*inputs, FLAT))
+    output = torch.ops.fpdetr.ms_deform_attn(*inputs, FLAT)
+    detached = [x.detach() for x in (output, *inputs)]
+    opcheck(torch.ops.fpdetr.ms_deform_attn_backward.default, (*detached, FLAT))
+
+
+def test_first_calls_do_not_import_the_compiler(kernel_device):
+    """torch._dynamo takes more than a second to import."""
+    code = ("import sys, torch; from deform_attn import MSDeformAttn\n"
+            f"layer, query = MSDeformAttn(32, 2).to({kernel_device!r}), torch.ones(1, 4, 32, "
+            f"device={kernel_device!r})\n"
+            "layer(query, query[..., :8].unflatten(-1, (4, 2)), query, [(1, 1)] * 4).sum().backward()\n"
+            "assert 'torch._dynamo' not in sys.modules")
+    env = {**os.environ, "FPDETR_DEFORM_ATTN": kernel_device}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
 
 
 def test_compiled_graph_equals_eager(kernel_device):
     def layer(value, *rest):
         return ms_deform_attn(value * 2, SHAPES, *rest).sin().sum()
     graph = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for B, Q in ((2, 6), (3, 9), (4, 5)):  # from the second on, these sizes are symbols
+    for B, Q in ((2, 6), (3, 9), (4, 5)):  # the second and third sizes are traced as symbols
         inputs = on(kernel_device, make_inputs(B=B, Q=Q, C=16, dtype=torch.float32))
         assert torch.equal(graph(*inputs), layer(*inputs))
         for got, want in zip(*(torch.autograd.grad(f(*inputs), inputs) for f in (graph, layer))):
@@ -91,9 +120,9 @@ def test_compiled_graph_equals_eager(kernel_device):
 
 
 def test_any_strides_and_alignments(kernel_device):
-    """Expanded, transposed and misaligned inputs and gradients, against their plain copies."""
+    """Compares expanded, transposed and misaligned inputs and gradients with their plain copies."""
     value, references, offsets, logits = on(kernel_device, make_inputs(Q=6, C=16, dtype=torch.float32))
-    # not at a multiple of 16 bytes
+    # starts 4 bytes after a multiple of 16 bytes
     odd = torch.empty(value.numel() + 1, device=kernel_device)[1:].view_as(value)
     strange = (odd.copy_(value.detach()), references[:, :1, :1].expand(-1, 6, 4, -1),
                offsets.detach().transpose(2, 3).contiguous().transpose(2, 3),
@@ -117,12 +146,12 @@ def test_nothing_to_do(kernel_device, B, Q):
 
 
 def test_autocast(kernel_device):
-    """16-bit values, offsets and logits, float32 references: near to float32 throughout, and bfloat16
-    out."""
+    """Values, offsets and logits of 16 bits with float32 references give nearly the float32 result."""
     torch.manual_seed(0)
     layer = MSDeformAttn(dim=64, heads=4).to(kernel_device)
     torch.nn.init.normal_(layer.sampling_offsets.weight, std=0.2)
-    query, memory = torch.randn(2, 9, 64, device=kernel_device), torch.randn(2, 52, 64, device=kernel_device)
+    query = torch.randn(2, 9, 64, device=kernel_device)
+    memory = torch.randn(2, 52, 64, device=kernel_device)
     references = torch.rand(2, 9, 4, 2, device=kernel_device)
     exact = layer(query, references, memory, SHAPES)
     with torch.autocast(kernel_device, torch.bfloat16):
@@ -136,9 +165,11 @@ def test_autocast(kernel_device):
 def test_second_derivatives_are_refused(kernel_device):
     inputs = on(kernel_device, make_inputs(C=16, dtype=torch.float32))
     output = ms_deform_attn(inputs[0], SHAPES, *inputs[1:])
-    grad, = torch.autograd.grad(output.square().sum(), inputs[:1], create_graph=True)
-    with pytest.raises(RuntimeError):
-        grad.square().sum().backward()
+    for loss in (output.square().sum(), output.sum()):  # the second one's gradient is a constant
+        gradients = torch.autograd.grad(loss, inputs, create_graph=True, retain_graph=True)
+        for gradient in gradients:
+            with pytest.raises(RuntimeError, match="no second derivative"):
+                (output.sum() + gradient.square().sum()).backward(retain_graph=True)
 
 
 @no_gpu
@@ -146,9 +177,10 @@ def test_cuda_graph():
     inputs = on("cuda", make_inputs(C=32, dtype=torch.float32))
 
     def step():
-        return torch.autograd.grad(ms_deform_attn(inputs[0], SHAPES, *inputs[1:]).square().sum(), inputs)
+        loss = ms_deform_attn(inputs[0], SHAPES, *inputs[1:]).square().sum()
+        return torch.autograd.grad(loss, inputs)
     side = torch.cuda.Stream()
-    with torch.cuda.stream(side):  # the warm-up compiles and loads
+    with torch.cuda.stream(side):  # compiles and loads the kernel before the capture
         step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -168,7 +200,8 @@ def test_gpu_equals_the_reference_and_refuses_to_be_deterministic():
     wide = [x.detach().double().cpu().requires_grad_() for x in inputs]
     truth = ms_deform_attn_reference(wide[0], SHAPES, *wide[1:])
     torch.testing.assert_close(output.double().cpu(), truth, rtol=1e-5, atol=1e-5)
-    for got, want in zip(torch.autograd.grad(output.sum(), inputs), torch.autograd.grad(truth.sum(), wide)):
+    gradients = torch.autograd.grad(output.sum(), inputs)
+    for got, want in zip(gradients, torch.autograd.grad(truth.sum(), wide)):
         torch.testing.assert_close(got.double().cpu(), want, rtol=1e-4, atol=1e-4)
     torch.use_deterministic_algorithms(True)
     try:
@@ -197,40 +230,53 @@ def test_environment_variable_forces_a_path(monkeypatch):
     monkeypatch.setenv("FPDETR_DEFORM_ATTN", "reference")
     assert "fpdetr" not in type(ms_deform_attn(value, SHAPES, *rest).grad_fn).__name__
     monkeypatch.setenv("FPDETR_DEFORM_ATTN", "cuda")
-    with pytest.raises(InputError, match="the tensors are on cpu"):
+    with pytest.raises(ValueError, match="FPDETR_DEFORM_ATTN=cuda .* the tensors are on cpu"):
         ms_deform_attn(value, SHAPES, *rest)
     monkeypatch.setenv("FPDETR_DEFORM_ATTN", "fast")
-    with pytest.raises(InputError, match="FPDETR_DEFORM_ATTN=fast is unknown: give reference, cpu or cuda"):
+    with pytest.raises(ValueError, match="FPDETR_DEFORM_ATTN=fast is unknown: give reference, cpu or"):
         ms_deform_attn(value, SHAPES, *rest)
 
 
-def test_without_a_compiler_the_reference_serves_and_says_so_once(monkeypatch):
+def test_without_a_compiler_the_reference_runs_and_warns_once(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    for cached in (deform_attn_jit.load, deform_attn_jit.failure, deform_attn_jit.warn_once):
+    for cached in (deform_attn.load_kernel, deform_attn.loading_error, deform_attn.warn_once):
         cached.cache_clear()
     value, *rest = make_inputs(C=11, dtype=torch.float32)
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler") as caught:
         outputs = [ms_deform_attn(value, SHAPES, *rest) for _ in range(2)]
     assert len(caught) == 1
-    deform_attn_jit.failure.cache_clear()  # it must be possible again for the tests that follow
+    deform_attn.loading_error.cache_clear()  # the tests that follow have a compiler again
     torch.testing.assert_close(outputs[0], brute_force(value, *rest), rtol=1e-5, atol=1e-5)
     monkeypatch.setenv("FPDETR_DEFORM_ATTN", "cpu")
-    with pytest.raises(InputError, match="cannot work here: there is no C"):
+    with pytest.raises(ValueError, match="FPDETR_DEFORM_ATTN=cpu cannot work here: there is no C"):
         ms_deform_attn(value, SHAPES, *rest)
 
 
-def test_many_processes_may_build_at_once(tmp_path):
-    """Four processes with an empty cache: each ends with a right result, and one file is left."""
-    code = ("import torch, deform_attn as d\n"
+def test_a_system_without_users_or_with_an_old_driver_has_no_kernel(monkeypatch):
+    config = deform_attn.KernelConfig("cpu", *[torch.float32] * 3, 13, 1, 1, 1)
+    monkeypatch.delattr(os, "getuid")  # as on Windows
+    assert deform_attn.loading_error(config).startswith("the kernel is not built on ")
+    deform_attn.loading_error.cache_clear()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # a library without any function
+    deform_attn.cuda_driver.cache_clear()
+    with pytest.raises(OSError, match="the NVIDIA driver is older than CUDA 12.0"):
+        deform_attn.cuda_driver()
+
+
+def test_many_processes_and_threads_may_build_at_once(tmp_path):
+    """Four processes with an empty cache build in two threads each. One file is left."""
+    code = ("import torch, deform_attn as d; from concurrent.futures import ThreadPoolExecutor\n"
             "x = torch.ones(1, 4, 1, 2), torch.full((1, 1, 1, 2), .5), torch.zeros(1, 1, 1, 1, 1, 2)\n"
+            "config = d.KernelConfig('cpu', *[torch.float32] * 3, 2, 1, 1, 1)\n"
+            "with ThreadPoolExecutor() as pool: list(pool.map(d.build_kernel, [config] * 2))\n"
             "print(d.ms_deform_attn(x[0], [(2, 2)], *x[1:], torch.zeros(1, 1, 1, 1, 1)).tolist())")
     if not any(map(shutil.which, ("c++", "g++"))):
         pytest.skip("no C++ compiler here")
     env = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT), "FPDETR_DEFORM_ATTN": "cpu"}
-    running = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
-               for _ in range(4)]
+    command = [sys.executable, "-c", code]
+    running = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     assert [p.communicate()[0].strip() for p in running] == ["[[[1.0, 1.0]]]"] * 4
-    left = [p.suffix for folder in tmp_path.glob("fpdetr-*") for p in folder.iterdir()]
+    left = [path.suffix for path in tmp_path.glob("fpdetr-*/*")]
     assert left == [".bin"]
 
 
@@ -243,10 +289,10 @@ def test_wrong_number_of_tokens_is_an_error():
 
 
 def test_offsets_start_on_the_radial_grid():
-    """As the released code: direction (cos, sin) of 2 pi m / M scaled to max-norm 1, times the point's
-    number."""
+    """Point p of head m starts at p times the direction 2 pi m / M, scaled to max-norm 1."""
     bias = MSDeformAttn(dim=32, heads=8).sampling_offsets.bias.view(8, 4, 4, 2)
-    for m, direction in enumerate([(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]):
+    directions = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
+    for m, direction in enumerate(directions):
         for p in range(4):
             expected = torch.tensor(direction, dtype=torch.float32) * (p + 1)
             torch.testing.assert_close(bias[m, :, p], expected.expand(4, 2), rtol=0, atol=1e-5)

@@ -1,6 +1,6 @@
-"""deform_attn_kernel.cu: its GPU half in an emulator, its CPU half, and NVIDIA's compilers, where they are
-installed. The truth is the reference in float64, which test_deform_attn.py checks against a loop over
-pixels."""
+"""Tests deform_attn_kernel.cu: its GPU half in an emulator, its CPU half, and its compilation by NVRTC and
+nvcc where they are installed. The truth is the reference in float64, which test_deform_attn.py compares
+with a loop over pixels."""
 import ctypes
 import math
 import shutil
@@ -10,19 +10,18 @@ import pytest
 import torch
 from conftest import ROOT, deform_attn_inputs
 
-import deform_attn_jit
-from deform_attn import ms_deform_attn, ms_deform_attn_reference
-from deform_attn_jit import Family
+import deform_attn
+from deform_attn import KernelConfig, ms_deform_attn, ms_deform_attn_reference
 
 COMPILER = shutil.which("g++")
 SHAPES = [(5, 7), (1, 1), (4, 3), (2, 1), (1, 5)]
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-# of float64 results, relative to the largest: rounding to the dtype of the tensors, with some room
+# The largest error allowed, relative to the largest float64 result: somewhat more than rounding.
 TOLERANCE = {F64: 1e-12, F32: 2e-6, BF16: 1e-2, F16: 1.5e-3}
 
 
 def truth(inputs, shapes, grad_output):
-    """The reference's output and gradients of (value, offsets, logits) in float64."""
+    """Returns the reference's output and its gradients of value, offsets and logits, in float64."""
     wide = [x.detach().double().requires_grad_() for x in inputs]
     output = ms_deform_attn_reference(wide[0], shapes, *wide[1:])
     value, _, offset, logit = torch.autograd.grad(output, wide, grad_output.double())
@@ -38,8 +37,10 @@ def assert_near(results, expected, dtypes):
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
-    """emulate(arch, inputs, shapes, grad_output) -> output and the gradients of value, offset, logit. Around
-    the tensors that are gathered from and scattered to lie NaNs: reading or writing one would show."""
+    """emulate(arch, inputs, shapes, grad_output) -> output, gradients of value, offset and logit.
+
+    The kernel's tensors have NaNs before and behind them, so that reading or writing there shows.
+    """
     if COMPILER is None:
         pytest.skip("no g++ here")
     folder, built = tmp_path_factory.mktemp("emulator"), {}
@@ -50,25 +51,26 @@ def emulator(tmp_path_factory):
             whole[1024:-1024] = fill.flatten() if isinstance(fill, torch.Tensor) else fill
             return whole, whole[1024:-1024].view(like.shape)
         value, reference, offset, logit = inputs
-        fences, tensors = {}, dict(reference=reference, offset=offset, logit=logit, grad_output=grad_output)
+        fences = {}
+        tensors = dict(reference=reference, offset=offset, logit=logit, grad_output=grad_output)
         fences["value"], tensors["value"] = fenced(value, value)
         accumulated = torch.empty(value.shape, dtype=torch.promote_types(value.dtype, F32))
         for name, like, fill in (("output", grad_output, math.nan), ("grad_value", accumulated, 0),
                                  ("grad_offset", offset, math.nan), ("grad_logit", logit, math.nan)):
             fences[name], tensors[name] = fenced(like, fill)
         flat = [n for shape in shapes for n in shape]
-        family, arguments = deform_attn_jit.pack(arch, flat, tensors)
-        if family not in built:
+        config, arguments = deform_attn.pack_arguments(arch, flat, tensors)
+        if config not in built:
             path = folder / f"{len(built)}.so"
-            definitions = {**family.definitions(), "__CUDA_ARCH__": f"{arch[3:]}0"}
+            definitions = {**config.definitions(), "__CUDA_ARCH__": f"{arch[3:]}0"}
             options = [f"-D{k}={v}" for k, v in definitions.items()]
             subprocess.run([COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", *options,
                             ROOT / "tests" / "gpu_emulator.cpp", "-o", path], check=True)
-            built[family] = ctypes.CDLL(str(path)).emulate
-            built[family].restype = ctypes.c_bool
+            built[config] = ctypes.CDLL(str(path)).emulate
+            built[config].restype = ctypes.c_bool
         for direction in ("forward", "backward"):
-            grid = deform_attn_jit.grid(family, direction, arguments.B, arguments.Q)
-            assert built[family](ctypes.byref(arguments), direction == "backward", *grid), "a deadlock"
+            grid = deform_attn.launch_grid(config, direction, arguments.B, arguments.Q)
+            assert built[config](ctypes.byref(arguments), direction == "backward", *grid), "a deadlock"
         for whole in fences.values():
             assert whole[:1024].isnan().all() and whole[-1024:].isnan().all(), "written beyond the end"
         return [tensors[name] for name in ("output", "grad_value", "grad_offset", "grad_logit")]
@@ -77,8 +79,10 @@ def emulator(tmp_path_factory):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])  # the two kinds of atomics
 @pytest.mark.parametrize("dtype, C, L, P", [
-    (F32, 32, 4, 4), (BF16, 32, 4, 4), (F16, 32, 2, 3), (F32, 48, 3, 2), (BF16, 48, 4, 4), (F16, 48, 1, 8),
-    (F32, 7, 5, 8), (BF16, 7, 1, 1), (F32, 30, 5, 1), (BF16, 30, 2, 5), (F16, 30, 1, 4), (F64, 16, 3, 4)])
+    (F32, 32, 4, 4), (BF16, 32, 4, 4), (F16, 32, 2, 3),
+    (F32, 48, 3, 2), (BF16, 48, 4, 4), (F16, 48, 1, 8),
+    (F32, 7, 5, 8), (BF16, 7, 1, 1), (F64, 16, 3, 4),
+    (F32, 30, 5, 1), (BF16, 30, 2, 5), (F16, 30, 1, 4)])
 def test_gpu_half_equals_the_reference(emulator, arch, dtype, C, L, P):
     shapes = SHAPES[:L]
     inputs = deform_attn_inputs(shapes, B=2, Q=19, M=3, C=C, P=P, dtype=dtype)
@@ -90,8 +94,8 @@ def test_gpu_half_equals_the_reference(emulator, arch, dtype, C, L, P):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_gpu_half_takes_a_dtype_for_each_tensor(emulator, arch):
-    value, reference, offset, logit = deform_attn_inputs(SHAPES[:4], B=1, Q=70, M=2, C=32, P=4, dtype=F32)
-    inputs = value.to(BF16), reference, offset, logit.to(F16)
+    inputs = deform_attn_inputs(SHAPES[:4], B=1, Q=70, M=2, C=32, P=4, dtype=F32)
+    inputs = [x.to(dtype) for x, dtype in zip(inputs, (BF16, F32, F32, F16))]
     grad_output = torch.ones(1, 70, 64, dtype=BF16)
     results = emulator(arch, inputs, SHAPES[:4], grad_output)
     assert_near(results, truth(inputs, SHAPES[:4], grad_output), [BF16, F32, F32, F16])
@@ -101,7 +105,7 @@ def test_gpu_half_takes_a_dtype_for_each_tensor(emulator, arch):
 def test_gpu_half_reads_nothing_at_far_and_undefined_places(emulator, bad):
     inputs = list(deform_attn_inputs(SHAPES[:2], B=1, Q=3, M=1, C=32, P=2, dtype=F32))
     inputs[2] = torch.full_like(inputs[2], bad)
-    inputs[2][:, 0] = 0  # the first query is a good one
+    inputs[2][:, 0] = 0  # the first query has good offsets
     grad_output = torch.ones(1, 3, 32)
     output, grad_value, grad_offset, grad_logit = emulator("sm_90", inputs, SHAPES[:2], grad_output)
     good = [x if x.shape[1] == 36 else x[:, :1] for x in inputs]
@@ -112,9 +116,9 @@ def test_gpu_half_reads_nothing_at_far_and_undefined_places(emulator, bad):
 
 
 def test_gpu_half_walks_over_more_images_than_the_grid_has(emulator, monkeypatch):
-    """The grid's third side ends at 65,535; here it ends at 1."""
-    grid = deform_attn_jit.grid
-    monkeypatch.setattr(deform_attn_jit, "grid", lambda *args: (*grid(*args)[:2], 1))
+    """The grid's third side has at most 65,535 blocks. Here it has 1."""
+    grid = deform_attn.launch_grid
+    monkeypatch.setattr(deform_attn, "launch_grid", lambda *args: (*grid(*args)[:2], 1))
     inputs = deform_attn_inputs(SHAPES[:2], B=3, Q=9, M=2, C=32, P=4, dtype=F32)
     grad_output = torch.ones(3, 9, 64)
     results = emulator("sm_90", inputs, SHAPES[:2], grad_output)
@@ -130,7 +134,8 @@ cpu_kernel = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here")
     (BF16, 32, 4, 4), (F16, 16, 2, 2)])
 def test_cpu_half_equals_the_reference(dtype, C, L, P):
     shapes = SHAPES[:L]
-    inputs = [x.requires_grad_() for x in deform_attn_inputs(shapes, B=2, Q=19, M=3, C=C, P=P, dtype=dtype)]
+    inputs = deform_attn_inputs(shapes, B=2, Q=19, M=3, C=C, P=P, dtype=dtype)
+    inputs = [x.requires_grad_() for x in inputs]
     output = ms_deform_attn(inputs[0], shapes, *inputs[1:])
     assert "fpdetr" in type(output.grad_fn).__name__  # not the reference itself
     grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -144,14 +149,17 @@ def test_cpu_half_equals_the_reference(dtype, C, L, P):
 
 @cpu_kernel
 def test_cpu_half_equals_finite_differences():
-    inputs = [x.requires_grad_() for x in deform_attn_inputs(SHAPES[:3], B=1, Q=2, M=2, C=3, P=2, dtype=F64)]
-    assert torch.autograd.gradcheck(lambda value, *rest: ms_deform_attn(value, SHAPES[:3], *rest), inputs)
+    shapes = SHAPES[:3]
+    inputs = deform_attn_inputs(shapes, B=1, Q=2, M=2, C=3, P=2, dtype=F64)
+    inputs = [x.requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(lambda value, *rest: ms_deform_attn(value, shapes, *rest), inputs)
 
 
 @cpu_kernel
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
 def test_cpu_half_reads_nothing_at_far_and_undefined_places(bad):
-    value, references, offsets, logits = deform_attn_inputs(SHAPES[:2], B=1, Q=1, M=1, C=16, P=1, dtype=F32)
+    inputs = deform_attn_inputs(SHAPES[:2], B=1, Q=1, M=1, C=16, P=1, dtype=F32)
+    value, references, offsets, logits = inputs
     offsets = torch.full_like(offsets, bad).requires_grad_()
     value.requires_grad_()
     out = ms_deform_attn(value, SHAPES[:2], references, offsets, logits)
@@ -162,37 +170,39 @@ def test_cpu_half_reads_nothing_at_far_and_undefined_places(bad):
 
 @cpu_kernel
 def test_bfloat16_rounds_ties_to_even():
-    """Halfway between two neighbours 1 and 1 + 2^-7, or 1 + 2^-7 and 1 + 2^-6: the even mantissa wins."""
+    """The mean of 1 and 1 + 2^-7, and of 1 + 2^-7 and 1 + 2^-6, rounds to the even mantissa."""
     value = torch.tensor([1, 1 + 2**-7, 1 + 2**-7, 1 + 2**-6], dtype=BF16).view(1, 4, 1, 1)
-    reference = torch.tensor([[0.25, 0.5], [0.75, 0.5]]).view(1, 2, 1, 2)  # between pixels 0, 1 and 2, 3
+    # halfway between pixels 0 and 1, and between 2 and 3
+    reference = torch.tensor([[0.25, 0.5], [0.75, 0.5]]).view(1, 2, 1, 2)
     zeros = torch.zeros(1, 2, 1, 1, 1, 2)
     output = ms_deform_attn(value, [(1, 4)], reference, zeros, zeros[..., 0])
     assert output.flatten().tolist() == [1, 1 + 2**-6]
 
 
-def families(arch):
-    return [Family(arch, t, t, t, C, 8, 4, 4) for t in (F32, BF16, F16) for C in (32, 48)] + [
-        Family(arch, F32, F32, F32, 7, 3, 5, 8), Family(arch, F64, F64, F64, 32, 8, 4, 4)]
+def configs(arch):
+    usual = [KernelConfig(arch, t, t, t, C, 8, 4, 4) for t in (F32, BF16, F16) for C in (32, 48)]
+    return [*usual, KernelConfig(arch, F32, F32, F32, 7, 3, 5, 8),
+            KernelConfig(arch, F64, F64, F64, 32, 8, 4, 4)]
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_nvrtc_compiles_it(arch):
     try:
-        deform_attn_jit.nvrtc_library()
+        deform_attn.nvrtc_library()
     except OSError as e:
         pytest.skip(f"NVRTC is not installed (pip install nvidia-cuda-nvrtc): {e}")
-    for family in families(arch):
-        assert deform_attn_jit.compile_for_gpu(family.definitions(), arch)[:4] == b"\x7fELF"
+    for config in configs(arch):
+        assert deform_attn.compile_kernel(config)[:4] == b"\x7fELF"
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_nvcc_compiles_it_without_a_warning_or_spilled_registers(arch, tmp_path):
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on this machine")
-    family = families(arch)[1]  # float32, 48 channels
-    options = [f"-D{k}={v}" for k, v in family.definitions().items()]
+    config = configs(arch)[1]  # float32, 48 channels
+    options = [f"-D{k}={v}" for k, v in config.definitions().items()]
     done = subprocess.run(["nvcc", "-cubin", "-std=c++17", f"-arch={arch}", "-Xptxas", "-v", *options,
-                           str(deform_attn_jit.SOURCE), "-o", str(tmp_path / "kernel.cubin")],
+                           str(deform_attn.SOURCE), "-o", str(tmp_path / "kernel.cubin")],
                           capture_output=True, text=True)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     assert done.stderr.count("0 bytes spill stores, 0 bytes spill loads") == 2, done.stderr

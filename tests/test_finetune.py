@@ -1,6 +1,7 @@
-"""Matching and losses against values computed by the authors' own code in float64, and against brute
-force."""
+"""Matching and losses against the authors' own numbers and against their definitions written out; a
+training step; and the loop, which has to apply the recipe of its flags."""
 import itertools
+import sys
 from argparse import Namespace
 from dataclasses import replace
 
@@ -8,77 +9,78 @@ import numpy as np
 import pytest
 import torch
 
-import engine
-from finetune import detection_loss, giou, match, optimizer_of, parse, train_step
+import finetune
+from data import detection_set
+from extras.released import released_layout
+from finetune import build_optimizer, detection_loss, giou, match, parse, schedule_factor, train_step
 from model import VARIANTS, Detector
-from released import released_layout
 
 
 @pytest.fixture
 def golden(shared):
+    """Computed by the authors' code in float64."""
     z = np.load(shared("goldens/golden_loss_a.npz"))
     return {k: torch.from_numpy(z[k]) for k in z.files if k != "cfg_json"}
 
 
-def targets_of(golden, empty=False):
+@pytest.mark.parametrize("prefix", ["", "allempty/"])
+def test_matches_losses_and_gradients_equal_the_authors(golden, prefix):
     targets = []
     for i, (h, w) in enumerate(golden["img_hw"].tolist()):
         boxes, labels = golden[f"gt/img{i}_boxes_xyxy"], golden[f"gt/img{i}_labels"]
-        if empty:
+        if prefix:  # no image has an object
             boxes, labels = boxes[:0], labels[:0]
         x0, y0, x1, y1 = (boxes / torch.tensor([w, h, w, h])).unbind(1)
-        targets.append({"labels": labels, "boxes": torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1
-                                                                - y0], 1)})
-    return targets
-
-
-@pytest.mark.parametrize("prefix", ["", "allempty/"])
-def test_matches_losses_and_gradients_equal_the_authors(golden, prefix):
-    targets = targets_of(golden, empty=bool(prefix))
+        boxes = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], 1)
+        targets.append({"labels": labels, "boxes": boxes})
     logits, boxes = (golden[k].clone().requires_grad_() for k in ("cls_logits", "boxes_cxcywh"))
-    levels = [{"pred_logits": l, "pred_boxes": b} for l, b in zip(logits, boxes)]
-    for level, expected in zip(levels, golden[prefix + "match/query_to_gt"]):
-        for (query, target), row in zip(match(level["pred_logits"], level["pred_boxes"], targets), expected):
+    layers = [{"pred_logits": l, "pred_boxes": b} for l, b in zip(logits, boxes)]
+    for layer, expected in zip(layers, golden[prefix + "match/query_to_gt"]):
+        for (query, target), row in zip(match(**layer, targets=targets), expected):
             got = torch.full_like(row, -1)
             got[query] = target
             assert torch.equal(got, row)
-    losses = detection_loss({**levels[-1], "aux_outputs": levels[:-1]}, targets)
-    for ours, theirs in (("loss_class", "cls"), ("loss_bbox", "l1"), ("loss_giou", "giou")):
-        torch.testing.assert_close(losses[ours].double(), golden[f"{prefix}loss/{theirs}"].sum(), rtol=0,
-                                   atol=1e-6 if theirs == "giou" else 1e-9)
+    losses = detection_loss({**layers[-1], "aux_outputs": layers[:-1]}, targets)
+    for ours, theirs, atol in (("class", "cls", 1e-9), ("bbox", "l1", 1e-9), ("giou", "giou", 1e-6)):
+        expected = golden[f"{prefix}loss/{theirs}"].sum()
+        torch.testing.assert_close(losses["loss_" + ours].double(), expected, rtol=0, atol=atol)
     sum(losses.values()).backward()
     torch.testing.assert_close(logits.grad, golden[prefix + "grad/cls_logits"], rtol=0, atol=1e-9)
     torch.testing.assert_close(boxes.grad, golden[prefix + "grad/boxes_cxcywh"], rtol=0, atol=1e-6)
 
 
-def box_giou(a, b):
+def box_giou(a, b) -> float:
+    """Of two cxcywh boxes, written out."""
     (ax, ay, aw, ah), (bx, by, bw, bh) = a.tolist(), b.tolist()
     width = max(0, min(ax + aw / 2, bx + bw / 2) - max(ax - aw / 2, bx - bw / 2))
     height = max(0, min(ay + ah / 2, by + bh / 2) - max(ay - ah / 2, by - bh / 2))
     union = aw * ah + bw * bh - width * height
-    hull = (max(ax + aw / 2, bx + bw / 2) - min(ax - aw / 2, bx - bw / 2)) \
-        * (max(ay + ah / 2, by + bh / 2) - min(ay - ah / 2, by - bh / 2))
+    hull_width = max(ax + aw / 2, bx + bw / 2) - min(ax - aw / 2, bx - bw / 2)
+    hull_height = max(ay + ah / 2, by + bh / 2) - min(ay - ah / 2, by - bh / 2)
+    hull = hull_width * hull_height
     return width * height / union - (hull - union) / hull
+
+
+def random_boxes(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, 4) * 0.4 + 0.1
 
 
 def test_losses_equal_their_definitions_written_out():
     """Three queries; an image with two objects and one with five, of which two stay without a query; two
     layers. Sums over queries and classes, divided by the five matches of a layer."""
-    g = torch.Generator().manual_seed(1)
-    targets = [{"labels": torch.randint(4, (n,), generator=g), "boxes": torch.rand(n, 4, generator=g) * 0.4
-                + 0.1} for n in (2, 5)]
-    layers = [{"pred_logits": torch.randn(2, 3, 4, generator=g),
-               "pred_boxes": torch.rand(2, 3, 4, generator=g) * 0.4 + 0.1} for _ in range(2)]
+    torch.manual_seed(1)
+    targets = [{"labels": torch.randint(4, (n,)), "boxes": random_boxes(n)} for n in (2, 5)]
+    layers = [{"pred_logits": torch.randn(2, 3, 4), "pred_boxes": random_boxes(2, 3)} for _ in range(2)]
     expected = dict.fromkeys(("loss_class", "loss_bbox", "loss_giou"), 0.0)
     for layer in layers:
-        pairs = match(layer["pred_logits"], layer["pred_boxes"], targets)
-        assert [len(q) for q, _ in pairs] == [2, 3]
+        pairs = match(**layer, targets=targets)
+        assert [len(query) for query, _ in pairs] == [2, 3]
         for i, (query, target) in enumerate(pairs):
-            true_class = {q: targets[i]["labels"][t].item() for q, t in zip(query.tolist(), target.tolist())}
+            true_class = dict(zip(query.tolist(), targets[i]["labels"][target].tolist()))
             for q, k in itertools.product(range(3), range(4)):
                 p = layer["pred_logits"][i, q, k].double().sigmoid().item()
-                expected["loss_class"] += 2 / 5 * (-0.25 * (1 - p) ** 2 * np.log(p) if true_class.get(q) == k
-                                                   else -0.75 * p ** 2 * np.log(1 - p))
+                positive, negative = -0.25 * (1 - p) ** 2 * np.log(p), -0.75 * p ** 2 * np.log(1 - p)
+                expected["loss_class"] += 2 / 5 * (positive if true_class.get(q) == k else negative)
             for q, t in zip(query, target):
                 box, true = layer["pred_boxes"][i, q], targets[i]["boxes"][t]
                 expected["loss_bbox"] += 5 / 5 * (box - true).abs().sum().item()
@@ -90,83 +92,107 @@ def test_losses_equal_their_definitions_written_out():
 @pytest.mark.parametrize("seed", range(8))
 def test_match_is_the_cheapest_of_all_assignments(seed):
     """The cost written out for single pairs, every assignment tried: 4 queries, 3 objects."""
-    g = torch.Generator().manual_seed(seed)
-    logits, boxes = torch.randn(1, 4, 6, generator=g), torch.rand(1, 4, 4, generator=g) * 0.4 + 0.1
-    labels, true = torch.tensor([5, 0, 5]), torch.rand(3, 4, generator=g) * 0.4 + 0.1
+    torch.manual_seed(seed)
+    logits, boxes, true = torch.randn(1, 4, 6), random_boxes(1, 4), random_boxes(3)
+    labels = torch.tensor([5, 0, 5])
 
     def cost(q, t):
         p = logits[0, q, labels[t]].sigmoid().item()
         focal = 0.25 * (1 - p) ** 2 * -np.log(p) - 0.75 * p ** 2 * -np.log(1 - p)
         distance = (boxes[0, q] - true[t]).abs().sum().item()
         return 2 * focal + 5 * distance - 2 * box_giou(boxes[0, q], true[t])
-    best = min(itertools.permutations(range(4), 3), key=lambda p: sum(cost(q, t) for t, q in enumerate(p)))
+    assignments = itertools.permutations(range(4), 3)
+    best = min(assignments, key=lambda queries: sum(cost(q, t) for t, q in enumerate(queries)))
     query, target = match(logits, boxes, [{"labels": labels, "boxes": true}])[0]
     assert {(q, t) for t, q in enumerate(best)} == set(zip(query.tolist(), target.tolist()))
     assert giou(boxes[0, 0], true[0]).item() == pytest.approx(box_giou(boxes[0, 0], true[0]), abs=1e-6)
 
 
-def test_more_objects_than_queries_leaves_objects_unmatched():
-    targets = [{"labels": torch.zeros(5, dtype=torch.int64), "boxes": torch.rand(5, 4) * 0.2 + 0.3}]
-    query, target = match(torch.randn(1, 2, 3), torch.rand(1, 2, 4), targets)[0]
-    assert query.tolist() == [0, 1] and len(set(target.tolist())) == 2
+def test_matching_of_more_objects_than_queries_and_of_numbers_that_are_not_finite():
+    targets = [{"labels": torch.zeros(5, dtype=torch.int64), "boxes": random_boxes(5)}]
+    for logits in (torch.randn(1, 2, 3), torch.full((1, 2, 3), float("nan"))):
+        query, target = match(logits, random_boxes(1, 2), targets)[0]
+        assert query.tolist() == [0, 1] and len(set(target.tolist())) == 2
 
 
-def test_not_a_number_does_not_stop_the_matching():
-    pairs = match(torch.full((1, 3, 2), float("nan")), torch.rand(1, 3, 4),
-                  [{"labels": torch.tensor([0]), "boxes": torch.rand(1, 4)}])
-    assert len(pairs[0][0]) == 1
-
-
-def test_micro_batches_give_the_gradient_of_the_whole_batch():
+def small_batch(device: str = "cpu", **changes) -> tuple[Detector, list]:
+    """A tiny detector and two micro-batches: two images with three and no objects, one with one."""
     torch.manual_seed(0)
-    logits, boxes = torch.randn(4, 6, 3, requires_grad=True), torch.rand(4, 6, 4).requires_grad_()
-    targets = [{"labels": torch.zeros(n, dtype=torch.int64), "boxes": torch.rand(n, 4)}
-               for n in (3, 0, 1, 5)]
-
-    def grad(size):
-        total = 0
-        for i in range(0, 4, size):
-            out = {"pred_logits": logits[i:i + size], "pred_boxes": boxes[i:i + size], "aux_outputs": []}
-            total = total + sum(detection_loss(out, targets[i:i + size], num_matches=9).values())
-        return torch.autograd.grad(total, (logits, boxes))
-    for size in (1, 2):
-        for a, b in zip(grad(size), grad(4)):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-
-
-def small_batch(device: str = "cpu"):
-    """A tiny detector with dropout and two micro-batches: two images with three and no objects, one with
-    one."""
-    torch.manual_seed(0)
-    model = Detector(replace(VARIANTS["tiny"], queries=5, dropout=0.1), 3).to(device).train()
-    targets = [{"labels": torch.zeros(n, dtype=torch.int64), "boxes": torch.rand(n, 4) / 2 + 0.2}
+    model = Detector(replace(VARIANTS["tiny"], queries=5, **changes), 3).to(device).train()
+    targets = [{"labels": torch.zeros(n, dtype=torch.int64), "boxes": random_boxes(n)}
                for n in (3, 0, 1)]
     mask = torch.zeros(2, 64, 96, dtype=torch.bool)
     mask[1, :, 64:] = True
-    return model, [(torch.randn(2, 3, 64, 96), mask, targets[:2]), (torch.randn(1, 3, 64, 64), None,
-                                                                    targets[2:])]
+    images = torch.randn(2, 3, 64, 96) * ~mask[:, None]
+    return model, [(images, mask, targets[:2]), (torch.randn(1, 3, 64, 64), None, targets[2:])]
+
+
+def gradient(model: Detector, batch: list, clip: float = 0, amp: str = "off") -> torch.Tensor:
+    """The gradient with which a step updates the weights, flat."""
+    torch.manual_seed(1)  # of dropout
+    optimizer = torch.optim.SGD(model.parameters(), lr=0)
+    train_step(model, optimizer, batch, Namespace(amp=amp, clip=clip), torch.device("cpu"))
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch():
+    model, batch = small_batch()
+    (images, mask, targets), (last, _, last_targets) = batch
+    padded = torch.nn.functional.pad(last, (0, 32))
+    whole = [(torch.cat([images, padded]), torch.cat([mask, mask[1:]]), targets + last_targets)]
+    expected = gradient(model, whole)
+    assert (gradient(model, batch) - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_step_clips_the_norm_of_the_gradient():
+    model, batch = small_batch()
+    plain = gradient(model, batch)
+    assert plain.norm() > 0.1
+    torch.testing.assert_close(gradient(model, batch, clip=0.1), plain * (0.1 / plain.norm()))
 
 
 @pytest.mark.parametrize("structure, adaptor", [("encoder-only", "self-attention"),
                                                 ("encoder-decoder", "none")])
 def test_activation_checkpointing_does_not_change_the_gradient(structure, adaptor):
-    """Dropout included: what it drew in the forward pass is drawn again."""
-    model, batch = small_batch()
-    model = Detector(replace(model.encoder.config, structure=structure, adaptor=adaptor), 3).train()
-    calls, gradients = [], []
+    """Dropout included: the backward pass draws the same numbers again."""
+    model, batch = small_batch(structure=structure, adaptor=adaptor, dropout=0.1)
+    calls = []
     model.encoder.layers[4].mlp.register_forward_hook(lambda *_: calls.append(1))
-    for model.encoder.checkpointing in (False, True):
-        torch.manual_seed(1)
-        train_step(model, torch.optim.SGD(model.parameters(), lr=0), batch, Namespace(amp="off", clip=1e9),
-                   torch.device("cpu"))
-        gradients.append([p.grad.clone() for p in model.parameters()])
+    plain = gradient(model, batch)
+    model.encoder.checkpointing = True
+    assert torch.equal(gradient(model, batch), plain)
     assert len(calls) == 2 + 4  # per micro-batch once, then twice
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_mixed_precision_reaches_the_layers():
+    model, batch = small_batch()
+    seen = []
+    model.encoder.layers[4].mlp.register_forward_hook(lambda m, x, y: seen.append(y.dtype))
+    for amp in ("off", "bf16"):
+        assert gradient(model, batch, amp=amp).isfinite().all()
+    assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
+
+
+@pytest.mark.parametrize("clip", [0.1, 0])
+def test_a_gradient_that_is_not_finite_leaves_every_weight_unchanged(clip):
+    model, batch = small_batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    args, device = Namespace(amp="off", clip=clip), torch.device("cpu")
+    train_step(model, optimizer, batch, args, device)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    poison = model.class_head.bias.register_hook(lambda g: g * torch.tensor([1, float("nan"), 1]))
+    with pytest.raises(FloatingPointError):
+        train_step(model, optimizer, batch, args, device)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    poison.remove()
+    train_step(model, optimizer, batch, args, device)
+    changed = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
+    assert len(changed) == len(before) and all(v.isfinite().all() for v in model.state_dict().values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_step_waits_for_the_gpu_only_to_match():
-    model, batch = small_batch("cuda")
+def test_a_step_waits_for_the_gpu_only_to_match_and_for_the_gradients_norm():
+    model, batch = small_batch("cuda", dropout=0.1)
     optimizer = torch.optim.AdamW(model.parameters())
 
     def step():
@@ -178,32 +204,61 @@ def test_a_step_waits_for_the_gpu_only_to_match():
             step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in found if "synchronizing" in str(w.message)]) == len(batch)
+    assert len([w for w in found if "synchronizing" in str(w.message)]) == len(batch) + 1
 
 
-def test_learning_rates_follow_the_released_code(monkeypatch):
-    """The authors' Lite: at a tenth of the rate are the tokenizer's convolutions and norms, the offsets' and
-    the reference points' projections: 1,223,362 parameters, of which 98,688 of the masked fifth level do not
-    exist here."""
-    monkeypatch.setattr("sys.argv", ["finetune.py", "--variant", "lite", "--data", "coco"])
-    args = parse()
+def test_defaults_and_learning_rates_are_the_papers_and_the_released_codes():
+    """In the authors' Lite, the tokenizer's convolutions and norms and the projections to offsets and
+    reference points learn at a tenth of the rate. These are 1,223,362 parameters, 98,688 of them of the
+    masked fifth level, which does not exist here."""
+    args = parse(["--variant", "lite", "--data", "coco"])
     assert (args.lr, args.epochs, args.lr_drop, args.batch_size, args.clip) == (1e-4, 50, 40, 32, 0.1)
     assert (args.weight_decay, args.dropout, args.image_size, args.augment) == (1e-4, 0.1, 800, "paper")
-    groups = optimizer_of(released_layout(Detector(VARIANTS["lite"], 80)), args).param_groups
-    slow, full = sorted(groups, key=lambda g: g["lr"])
+    optimizer = build_optimizer(released_layout(Detector(VARIANTS["lite"], 80)), args)
+    slow, full = sorted(optimizer.param_groups, key=lambda g: g["lr"])
     assert (slow["lr"], full["lr"]) == (pytest.approx(1e-5), pytest.approx(1e-4))
-    assert sum(p.numel() for p in slow["params"]) == 1_223_362 - 98_688
-    assert len(slow["params"]) == 44
+    assert slow["weight_decay"] == full["weight_decay"] == 1e-4
+    assert sum(p.numel() for p in slow["params"]) == 1_223_362 - 98_688 and len(slow["params"]) == 44
+    city = [parse(["--data", "cityscapes", "--variant", v]) for v in ("lite", "base")]
+    assert [(c.batch_size, c.lr, c.epochs) for c in city] == [(8, 2e-4, 50), (8, 1e-4, 50)]
 
 
-@pytest.mark.parametrize("epoch, factor", [(0, 1), (39, 1), (40, 0.1), (49, 0.1)])
-def test_step_schedule_drops_at_epoch_40(epoch, factor):
-    for step in (0, 99):
-        assert engine.schedule_factor("step", epoch * 100 + step, 100, 50, 40) == factor
+def test_schedules_at_hand_computed_steps():
+    for epoch, factor in ((0, 1), (39, 1), (40, 0.1), (49, 0.1)):
+        for step in (0, 99):
+            assert schedule_factor("step", epoch * 100 + step, 100, 50, 40) == factor
+    for step, factor in ((0, 0.04 + 0.96 / 20), (9, 0.52), (19, 1), (64, 0.8535534), (109, 0.5),
+                         (154, 0.1464466), (199, 0)):
+        assert schedule_factor("one-cycle", step, 20, 10, 0) == pytest.approx(factor, abs=1e-6)
 
 
-def test_one_cycle_rises_and_falls():
-    factors = [engine.schedule_factor("one-cycle", s, 10, 10, 0) for s in range(100)]
-    assert np.argmax(factors) in (8, 9, 10) and max(factors) == pytest.approx(1, abs=0.01)
-    assert factors[0] < 0.2 and factors[-1] == pytest.approx(0, abs=1e-6)
-    assert np.all(np.diff(factors[10:]) < 0)
+def test_the_loop_applies_its_flags(tmp_path, monkeypatch):
+    sets, steps, aps, real_step = {}, [], iter([0.1, 0.5, 0.3]), finetune.train_step
+
+    def read_data(split, **options):
+        sets[split] = detection_set(split=split, **options)
+        return sets[split]
+
+    def spy_step(model, optimizer, batch, args, device):
+        assert model.encoder.checkpointing and model.training
+        assert {g["weight_decay"] for g in optimizer.param_groups} == {0.02}
+        rates = sorted(g["lr"] for g in optimizer.param_groups)
+        steps.append((sets["train"].epoch, rates, model.class_head.weight.tolist()))
+        return real_step(model, optimizer, batch, args, device)
+    monkeypatch.setattr(finetune, "train_step", spy_step)
+    monkeypatch.setattr(finetune, "coco_metrics", lambda *_: {"AP": next(aps), "AP50": 0.6})
+    monkeypatch.setattr(sys, "argv", [
+        "finetune.py", *"--limit-train 6 --limit-val 2 --batch-size 3 --micro-batch 2 --epochs 3 --lr 1e-3"
+        " --schedule step --lr-drop 2 --backbone-lr 0.5 --sampling-lr 0.25 --weight-decay 0.02 --seed 5"
+        " --dropout 0.3 --augment paper --queries 7 --adaptor none --activation-checkpointing"
+        " --eval-every 1 --device cpu --out".split(), str(tmp_path)])
+    finetune.main(read_data=read_data)
+    assert (sets["train"].transform.augment, sets["val"].transform.augment) == ("paper", "none")
+    assert (len(sets["train"]), len(sets["val"]), sets["train"].seed) == (6, 2, 5)
+    assert [s[:2] for s in steps] == [
+        (epoch, pytest.approx([factor * rate for rate in (2.5e-4, 5e-4, 1e-3)]))
+        for epoch, factor in ((0, 1), (0, 1), (1, 1), (1, 1), (2, 0.1), (2, 0.1))]
+    best, last = (torch.load(tmp_path / f, weights_only=True) for f in ("best.pt", "last.pt"))
+    assert (best["scores"]["AP"], last["scores"]["AP"]) == (0.5, 0.3)
+    assert best["model"]["class_head.weight"].tolist() == steps[4][2]  # as the third epoch found it
+    assert [last["config"][k] for k in ("dropout", "queries", "adaptor")] == [0.3, 7, "none"]

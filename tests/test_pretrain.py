@@ -1,52 +1,48 @@
-"""The semantic softmax against the reference losses, the schedules and the sampler against their
-definitions."""
+"""The semantic softmax against the authors' numbers; schedules, sampler and steps against their
+definitions; and the loop, which has to apply the recipe of its flags."""
 import json
 import math
+import sys
 from argparse import Namespace
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import checkpoints
-import engine
 import pretrain
-from augment import ClassificationTransform
-from data import ClassificationSet, classification_set, image_folder
-from model import VARIANTS, Classifier, Detector, DropPath, InputError
-from pretrain import RepeatedSampler, linear_baseline, load_tree, semantic_softmax_loss
+from data import classification_set
+from engine import InputError
+from extras.augment import mix
+from extras.imagenet21k_tree import build_tree
+from model import VARIANTS, Classifier
+from pretrain import RepeatedSampler, load_tree, parse, semantic_softmax_loss, train_step
 
-# ------------------------------------------------------------------------------------------ semantic softmax
 
 @pytest.mark.parametrize("name", ["fall11", "winter21"])
-def test_semantic_softmax_equals_the_authors_code(shared, name):
+def test_the_semantic_softmax_equals_the_authors_code(shared, name):
     folder = shared("data/imagenet21k_tree")
     truth = json.loads((folder / "reference_loss.json").read_text())[name]
     tree = load_tree(folder / f"imagenet21k_p_{name}_tree.json")
     assert [len(c) for c in tree.columns] == truth["level_sizes"]
     target, classes = torch.tensor(truth["targets"]), len(tree.targets)
     assert tree.targets[target].tolist() == truth["semantic_targets"]
-    logits = 3 * torch.sin(0.37 * torch.arange(len(target) * classes, dtype=torch.float64)).view(-1, classes)
+    count = torch.arange(len(target) * classes, dtype=torch.float64)
+    logits = 3 * torch.sin(0.37 * count).view(-1, classes)
     for smoothing, key in ((0.2, "loss_label_smooth_0_2"), (0, "loss_label_smooth_0")):
-        assert semantic_softmax_loss(
-            logits, target, tree, smoothing).item() == pytest.approx(truth[key], rel=1e-7)
-
-
-# animal 0 > bird 1 > duck 2; plant 3 > tree 4; 5 stands alone
-CHAINS = [[0], [1, 0], [2, 1, 0], [3], [4, 3], [5]]
+        loss = semantic_softmax_loss(logits, target, tree, smoothing)
+        assert loss.item() == pytest.approx(truth[key], rel=1e-7)
 
 
 @pytest.fixture
-def tree_file(tmp_path):
-    (tmp_path / "tree.json").write_text(json.dumps({"class_tree_list": CHAINS}))
-    return tmp_path / "tree.json"
+def tree(tmp_path):
+    # animal 0 > bird 1 > duck 2; plant 3 > tree 4; 5 stands alone
+    chains = [[0], [1, 0], [2, 1, 0], [3], [4, 3], [5]]
+    (tmp_path / "tree.json").write_text(json.dumps({"class_tree_list": chains}))
+    return load_tree(tmp_path / "tree.json")
 
 
-def test_a_small_tree_by_hand(tree_file):
-    tree = load_tree(tree_file)
-    assert [c.tolist() for c in tree.columns] == [[0, 3, 5], [1, 4]]  # the third level has one class only
+def test_a_small_tree_by_hand(tree):
+    assert [c.tolist() for c in tree.columns] == [[0, 3, 5], [1, 4]]  # the third level has one class
     assert tree.targets.tolist() == [[0, -1], [0, 0], [0, 0], [1, -1], [1, 1], [2, -1]]
     assert tree.weights == [1, 2]
     logits = torch.tensor([[1.0, 2, 3, 4, 5, 6], [0, 1, 0, 0, 3, 0]], dtype=torch.float64)
@@ -54,44 +50,44 @@ def test_a_small_tree_by_hand(tree_file):
     second = math.log(3) + 2 * -math.log(math.exp(3) / (math.exp(1) + math.exp(3)))  # a tree
     got = semantic_softmax_loss(logits, torch.tensor([3, 4]), tree, 0)
     assert got.item() == pytest.approx((first + second) / 2)
-    # first: level 0 says class 5, wrong; second: level 0 says 0 (all are equal), wrong; level 1 says 4,
-    # right
-    assert [int(x) for x in pretrain.semantic_accuracy(logits, torch.tensor([3, 4]), tree)] == [1, 3]
 
 
-def test_build_tree_makes_the_reference_tree_again(shared, tmp_path):
-    truth = json.loads(shared("data/imagenet21k_tree/imagenet21k_p_fall11_tree.json").read_text())
-    names, chains = truth["class_list"], truth["class_tree_list"]
-    # an is_a list with a node between each class and its parent that is no class, and an older, overruled
-    # parent
-    lines = [f"{names[-1]} {names[c[0]]}\nx{names[c[0]]} {names[c[0]]}\n{names[c[1]]} x{names[c[0]]}"
-             for c in chains if len(c) > 1]
-    (tmp_path / "is_a.txt").write_text("\n".join(lines))
-    (tmp_path / "classes.txt").write_text("\n".join(reversed(names)))
-    pretrain.build_tree(tmp_path / "is_a.txt", tmp_path / "classes.txt", tmp_path / "tree.json")
-    ours = json.loads((tmp_path / "tree.json").read_text())
-    assert ours["class_tree_list"] == chains and ours["class_list"] == names
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"class_tree_list": [[1], [0]]}',
-                                     '{"class_tree_list": [[0], [1, 7]]}', '{"class_tree_list": []}',
-                                     '{"class_tree_list": [[0], [1, 0]]}'])
+@pytest.mark.parametrize("content", [
+    "{", "[]", '{"class_tree_list": [[1], [0]]}', '{"class_tree_list": [[0], [1, 7]]}',
+    '{"class_tree_list": []}', '{"class_tree_list": [[0], [1, 0]]}'])
 def test_a_broken_tree_is_refused(tmp_path, content):
     (tmp_path / "tree.json").write_text(content)
     with pytest.raises(InputError, match="tree .* is not"):
         load_tree(tmp_path / "tree.json")
 
 
-# --------------------------------------------------------------------------------------------------- recipe
+def test_build_tree_makes_the_reference_tree_again(shared, tmp_path):
+    truth = json.loads(shared("data/imagenet21k_tree/imagenet21k_p_fall11_tree.json").read_text())
+    names, chains = truth["class_list"], truth["class_tree_list"]
+    # Between each class and its parent stands a node that is no class. An older parent is overruled.
+    lines = [f"{names[-1]} {names[c[0]]}\nx{names[c[0]]} {names[c[0]]}\n{names[c[1]]} x{names[c[0]]}"
+             for c in chains if len(c) > 1]
+    is_a, classes, out = (tmp_path / name for name in ("is_a.txt", "classes.txt", "tree.json"))
+    is_a.write_text("\n".join(lines))
+    classes.write_text("\n".join(reversed(names)))
+    assert "levels" in build_tree(is_a, classes, out)
+    ours = json.loads(out.read_text())
+    assert ours["class_tree_list"] == chains and ours["class_list"] == names
+    with pytest.raises(InputError, match="cannot write"):  # an older tree is never replaced
+        build_tree(is_a, classes, out)
+    for text, says in (("a b c", "no is_a list"), ("a b\nb a", "a circle"), ("", "not belong together")):
+        is_a.write_text(text)
+        classes.write_text("a\nb")
+        with pytest.raises(InputError, match=says):
+            build_tree(is_a, classes, tmp_path / "new.json")
 
-def flags(**changes):
-    return Namespace(**{**dict(schedule="cosine", lr=5e-4, epochs=300, warmup_epochs=5, warmup_lr=1e-6,
-                               min_lr=1e-5), **changes})
 
+def test_the_cosine_schedule_at_hand_computed_epochs():
+    args = parse(["--data", "imagenet", "--variant", "lite"])
+    assert (args.lr, args.epochs, args.batch_size, args.weight_decay) == (5e-4, 300, 1024, 0.05)
 
-def test_cosine_schedule_at_hand_computed_epochs():
     def rate(epoch):
-        return pretrain.learning_rate(flags(), epoch * 10 + 9, 10)  # constant within an epoch
+        return pretrain.learning_rate(args, epoch * 10 + 9, 10)  # constant within an epoch
     assert rate(0) == 1e-6 and rate(2) == pytest.approx(1e-6 + 0.4 * 4.99e-4)
     assert rate(5) == pytest.approx(1e-5 + 4.9e-4 * (1 + math.cos(math.pi * 5 / 300)) / 2)
     assert rate(150) == pytest.approx(2.55e-4) and rate(299) == pytest.approx(1e-5, abs=2e-8)
@@ -99,13 +95,16 @@ def test_cosine_schedule_at_hand_computed_epochs():
 
 def test_one_cycle_equals_torchs():
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
-    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-4, steps_per_epoch=7, epochs=10,
-                                                 pct_start=0.1,
-                                                 cycle_momentum=False, div_factor=20)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=3e-4, steps_per_epoch=7, epochs=10, pct_start=0.1, cycle_momentum=False,
+        div_factor=20)
+    args = Namespace(schedule="one-cycle", lr=3e-4, epochs=10)
     for step in range(70):
-        ours = pretrain.learning_rate(flags(schedule="one-cycle", lr=3e-4, epochs=10), step, 7)
-        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
-        optimizer.step(), theirs.step() if step < 69 else None
+        expected = optimizer.param_groups[0]["lr"]
+        assert pretrain.learning_rate(args, step, 7) == pytest.approx(expected, rel=1e-9)
+        optimizer.step()
+        if step < 69:
+            theirs.step()
 
 
 def test_repeated_augmentation_shows_a_third_of_the_images_three_times():
@@ -113,127 +112,102 @@ def test_repeated_augmentation_shows_a_third_of_the_images_three_times():
     batches = list(sampler)
     assert len(batches) == len(sampler) == 12 and all(len(b) == 64 for b in batches)  # 768 of 1000 draws
     indices = [i for b in batches for i in b]
-    assert len(set(indices)) == 768  # never the same copy twice
     images = [i % 1000 for i in indices]
+    assert len(set(indices)) == 768  # never the same copy twice
     assert images[:3] == [images[0]] * 3 and len(set(images)) == 256
     sampler.epoch = 1
     assert [i % 1000 for b in sampler for i in b] != images
 
 
-def test_processes_share_a_batch_in_pairs_that_are_mixed_together(monkeypatch):
-    whole = list(RepeatedSampler(64, 16, seed=0, repeats=1))
-    monkeypatch.setattr(engine, "world_size", lambda: 3)
-    shares = []
-    for rank in range(3):
-        monkeypatch.setattr(engine, "rank", lambda: rank)
-        shares.append(list(RepeatedSampler(64, 16, seed=0, repeats=1)))
-    for batch, parts in zip(whole, zip(*shares)):
-        assert sorted(sum(parts, [])) == sorted(batch)
-        for part in parts:
-            for a, b in zip(part, reversed(part)):  # the partner of a share is the partner of the batch
-                assert batch.index(a) == 15 - batch.index(b)
-
-
 def test_norms_and_biases_do_not_decay():
     model = Classifier(VARIANTS["tiny"], 3)
-    groups = engine.parameter_groups(model, 1.0, {}, decay_vectors=False)
-    still = {id(p) for g in groups if g.get("weight_decay") == 0 for p in g["params"]}
+    groups = pretrain.build_optimizer(model, Namespace(lr=1.0, weight_decay=0.05)).param_groups
+    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     for name, p in model.named_parameters():
-        assert (id(p) in still) == ("norm" in name or name.endswith("bias")), name
+        assert decay[id(p)] == (0 if "norm" in name or name.endswith("bias") else 0.05), name
 
 
-def test_stochastic_depth_keeps_the_mean_and_grows_with_depth():
+@pytest.mark.parametrize("mixing", [(0, 0), (0.8, 0), (0, 1), "tree"])
+def test_a_step_follows_the_gradient_of_its_loss(tree, mixing):
+    """The loss written out for the whole batch, and the step in one part and in micro-batches."""
     torch.manual_seed(0)
-    path, x = DropPath(0.3), torch.ones(20000, 1, 2)
-    dropped = path(x)
-    assert dropped.unique().tolist() == [0, pytest.approx(1 / 0.7)]
-    assert dropped.mean().item() == pytest.approx(1, abs=0.02)
-    assert torch.equal(dropped[..., 0], dropped[..., 1])  # a whole branch of an image
-    assert path.eval()(x) is x
-    rates = [layer.drop_path.rate for layer in Classifier(replace(VARIANTS["tiny"], drop_path=0.11),
-                                                          2).encoder.layers]
-    assert rates == pytest.approx([0.01 * i for i in range(12)])
+    model, images = Classifier(VARIANTS["tiny"], 6), torch.randn(3, 3, 64, 64)
+    labels, rng = torch.tensor([3, 4, 0]), np.random.default_rng
+    if mixing == "tree":
+        mixup, cutmix = 0, 0
+        loss = semantic_softmax_loss(model(images), labels, tree, 0.1)
+    else:
+        (mixup, cutmix), tree = mixing, None
+        soft = torch.full((3, 6), 0.1 / 6) + 0.9 * torch.eye(6)[labels]
+        mixed, soft = mix(images.clone(), soft, rng(1), mixup, cutmix)
+        loss = -(soft * model(mixed).log_softmax(-1)).sum() / 3
+    gradient = torch.autograd.grad(loss, list(model.parameters()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0)
+    for size in (3, 2):
+        args = Namespace(smoothing=0.1, mixup=mixup, cutmix=cutmix, amp="off", micro_batch=size)
+        got = train_step(model, optimizer, images.clone(), labels, 6, rng(1), tree, args)
+        torch.testing.assert_close(got["loss"], loss.detach())
+        for p, g in zip(model.parameters(), gradient):
+            torch.testing.assert_close(p.grad, g, rtol=1e-3, atol=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------- data
-
-@pytest.fixture
-def folder(tmp_path):
-    for split, count in (("train", 3), ("val", 2)):
-        for i, name in enumerate(("cat", "dog")):
-            (tmp_path / split / name).mkdir(parents=True)
-            for k in range(count):
-                Image.new(
-                    "L" if k else "RGB", (90, 70 + k), i * 200).save(tmp_path / split / name / f"{k}.jpg")
-    return tmp_path
+def test_a_gradient_that_is_not_finite_leaves_every_weight_unchanged():
+    model, args = Classifier(VARIANTS["tiny"], 3), Namespace(smoothing=0, mixup=0, cutmix=0, amp="off")
+    args.micro_batch = 2
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.class_head.bias.register_hook(lambda g: g * torch.tensor([1, float("inf"), 1]))
+    with pytest.raises(FloatingPointError):
+        train_step(model, torch.optim.AdamW(model.parameters()), torch.randn(2, 3, 64, 64),
+                   torch.tensor([0, 1]), 3, np.random.default_rng(0), None, args)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_any_image_folder(folder):
-    dataset = classification_set(str(folder), "train", ClassificationTransform(64, "deit"))
-    assert dataset.classes == ["cat", "dog"] and len(dataset) == 6
-    image, label = dataset[4]
-    assert image.shape == (3, 64, 64) and label == 1
-    assert not torch.equal(image, dataset[4 + 6][0])  # the next copy of the same picture
-    assert torch.equal(image, dataset[4][0])
-    assert [label for _, label in image_folder(
-        folder / "train", 4, name="", transform=None).items] == [0, 1, 0, 1]
+def test_an_evaluation_counts_by_hand(tree):
+    class Answers(torch.nn.Module):
+        def forward(self, images):
+            assert not self.training
+            return torch.tensor([[1.0, 2, 3, 4, 5, 6], [0, 1, 0, 0, 3, 0], [0, 1, 2, 3, 4, 5]])[images]
+    # The first label has the third place, the second one the first, the third one the last. On level 0
+    # the tree's best classes are 5, 0 and 5, all wrong; on level 1 it is 4, which is right.
+    dataset = [(0, 3), (1, 4), (2, 0)]
+    args = Namespace(micro_batch=2, workers=0, amp="off")
+    scores = pretrain.evaluate(Answers().train(), dataset, tree, args, torch.device("cpu"))
+    assert scores == pytest.approx({"top1": 1 / 3, "top5": 2 / 3, "semantic_top1": 1 / 4})
 
 
-def test_images_are_normalised(folder):
-    expected = [(200 - m) / s for m, s in zip((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))]
-    # the dog's second picture is grey
-    assert classification_set(
-        str(folder), "val", ClassificationTransform(64))[3][0].mean((1, 2)).tolist() == \
-        pytest.approx(expected, abs=0.1)
+def test_the_loop_applies_its_flags(tmp_path, monkeypatch, capsys):
+    sets, steps, compiled, top1 = {}, [], [], iter([0.1, 0.5, 0.3, 0.2])
+    real_step = pretrain.train_step
 
+    def read_data(split, **options):
+        sets[split] = classification_set(split=split, **options)
+        return sets[split]
 
-def test_released_pretraining_checkpoints_give_their_encoder(shared, tmp_path):
-    rows = [line.split("\t") for line in
-            shared("goldens/implied_pretrain_lite_state_dict_keys.tsv").read_text().splitlines()]
-    g = torch.Generator().manual_seed(0)
-    state = {row[0].replace("<i>", "0"): torch.randn(eval(row[1]), generator=g) for row in rows
-             if row[1][0] == "("}
-    for processed in (False, True):
-        if processed:  # as the authors' script does
-            heads = ("reference_points", "cls_branches", "query_embedding")
-            state = {k.replace(".norms.", ".norms.x").replace("x0", "1").replace("x1", "2")
-                     if "encoder2" in k else k: v for k, v in state.items() if
-                     not any(h in k for h in heads)}
-        torch.save({"state_dict": state, "meta": {}}, tmp_path / "p.pth")
-        detector = checkpoints.build(Detector, VARIANTS["lite"], "released", 80)
-        message = checkpoints.load_pretrained(detector, "released", tmp_path / "p.pth")
-        assert message.endswith("p.pth: encoder; starting fresh: queries, adaptor, class_head, box_head")
-        norms = "bbox_head.transformer.encoder2.layers.5.norms."
-        theirs = state[norms + ("2" if processed else "1") + ".weight"]
-        assert torch.equal(detector.encoder.layers[11].norm2.weight, theirs)
-        assert torch.equal(detector.encoder.level_embed, state["bbox_head.transformer.level_embeds"])
-        with pytest.raises(InputError, match="change --variant, --structure or --layout"):
-            checkpoints.load_pretrained(Detector(VARIANTS["lite"], 80), "paper", tmp_path / "p.pth")
+    def spy_step(model, optimizer, images, labels, classes, rng, tree, args):
+        assert model is compiled[-1] and model.encoder.checkpointing and model.training
+        steps.append((sets["train"].epoch, len(images), *{g["lr"] for g in optimizer.param_groups},
+                      str(rng.bit_generator.state), model.class_head.weight.tolist()))
+        return real_step(model, optimizer, images, labels, classes, rng, tree, args)
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    monkeypatch.setattr(pretrain, "train_step", spy_step)
+    monkeypatch.setattr(pretrain, "evaluate", lambda *_: {"top1": next(top1), "top5": 1.0})
 
-
-def test_init_takes_the_head_too_where_it_fits(tmp_path):
-    old = Classifier(VARIANTS["tiny"], 4)
-    path = tmp_path / "a.pt"
-    checkpoints.save_checkpoint(path, checkpoints.describe(old, Namespace(layout="paper"), list("abcd"),
-                                                           "pretrain"))
-    same, other = Classifier(VARIANTS["tiny"], 4), Classifier(VARIANTS["tiny"], 5)
-    assert checkpoints.load_pretrained(same, "paper", path).endswith("starting fresh: nothing")
-    assert torch.equal(same.class_head.weight, old.class_head.weight)
-    assert checkpoints.load_pretrained(other, "paper", path).endswith("starting fresh: class_head")
-    assert torch.equal(other.class_token.content, old.class_token.content)
-
-
-def test_linear_baseline_learns_what_pixels_tell_and_nothing_else(tmp_path):
-    """Two classes that differ in brightness: all right. Labels drawn by lot: about half."""
-    rng = np.random.default_rng(0)
-    transform = ClassificationTransform(64, "flip")
-
-    def make(count, label_of):
-        items = []
-        for i in range(count):
-            grey = rng.integers(0, 80) + 130 * (i % 2)
-            items.append((Image.fromarray(np.full((64, 64, 3), grey, np.uint8)), label_of(i)))
-        return ClassificationSet(items, ["a", "b"], "pictures", transform)
-    assert "top1 100.0 %" in linear_baseline(make(40, lambda i: i % 2), make(20, lambda i: i % 2))
-    lot = linear_baseline(make(40, lambda i: i // 2 % 2), make(40, lambda i: i // 2 % 2))
-    assert 25 <= float(lot.split("top1 ")[1].split(" %")[0]) <= 75 and "chance: 50.0 %" in lot
+    def train(out, *flags):
+        monkeypatch.setattr(sys, "argv", [
+            "pretrain.py", *"--limit-train 8 --limit-val 2 --batch-size 4 --micro-batch 3 --lr 1e-3"
+            " --schedule cosine --warmup-epochs 1 --drop-path 0.11 --augment deit --repeats 3 --mixup 0.8"
+            " --cutmix 1 --class-tokens 2 --activation-checkpointing --compile --device cpu".split(),
+            "--out", str(tmp_path / out), *flags])
+        pretrain.main(read_data=read_data)
+        return [torch.load(tmp_path / out / f, weights_only=True) for f in ("best.pt", "last.pt")]
+    best, last = train("run", "--epochs", "3")
+    assert (sets["train"].augment, sets["val"].augment) == ("deit", "none")
+    rates = [1e-6, 1e-5 + 9.9e-4 * 0.75, 1e-5 + 9.9e-4 * 0.25]  # cosines of 60 and 120 degrees
+    assert [s[:3] for s in steps] == [(e, 4, pytest.approx(rates[e])) for e in (0, 0, 1, 1, 2, 2)]
+    assert len({s[3] for s in steps}) == 6  # each step mixes anew
+    assert (best["scores"]["top1"], last["scores"]["top1"]) == (0.5, 0.3)
+    assert best["model"]["class_head.weight"].tolist() == steps[4][4]  # as the third epoch found it
+    assert (last["config"]["drop_path"], last["config"]["class_tokens"]) == (0.11, 2)
+    train("next", "--epochs", "1", "--init", str(tmp_path / "run" / "last.pt"))
+    assert "class_head; starting fresh: nothing" in capsys.readouterr().out
+    assert last["model"]["class_head.weight"].tolist() == steps[6][4]

@@ -1,13 +1,11 @@
-"""The augmentations of image classification: the strategies of DeiT (Touvron et al. 2021; the paper, 4.1)
-and Cutout (ImageNet-21k-P, A.3).
-
-Plain functions. Those of one picture take a PIL image or its tensor and a numpy generator, so that what they
-do depends on the picture's number alone; mixup and CutMix take a batch. Numbers follow the public recipe
-rand-m9-mstd0.5-inc1, mixup 0.8, CutMix 1.0, random erasing 0.25 (pixel), label smoothing 0.1.
-"""
+"""The augmentations of image classification: the strategies of DeiT (Touvron et al. 2021; the paper,
+4.1) and Cutout (ImageNet-21k-P, A.3).
+ Functions of one picture take a PIL image or its tensor and a numpy generator, which is seeded by the
+picture's number. Mixup and CutMix take a batch. data.classification_transform puts the functions of one
+picture in order. Numbers follow the public recipe rand-m9-mstd0.5-inc1, mixup 0.8, CutMix 1.0, random
+erasing 0.25 (pixel), label smoothing 0.1. """
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,19 +13,17 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor
 
-from images import to_tensor
-
-FILL = (124, 116, 104)  # ImageNet's mean colour, where a picture was moved away
+FILL = (124, 116, 104)  # ImageNet's mean colour, fills where a picture was moved away
 BICUBIC = Image.Resampling.BICUBIC
 
 
-# ---------------------------------------------------------------------------------------------------- crops
+# ------------------------------------------------------------------------------------------------ crops
 
 def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator,
                         area: tuple[float, float] = (0.08, 1.0)) -> Image.Image:
-    """A random part of the picture, resized to size x size: `area` of it, aspect ratio 3/4 to 4/3 (uniform
-    in its logarithm). After ten parts that do not fit, the largest centred one of a permitted aspect
-    ratio."""
+    """Resizes a random part of the picture to size x size. The part has a random share of the area, in
+    `area`, and an aspect ratio of 3/4 to 4/3, uniform in its logarithm. After ten parts that do not fit
+    it is the largest centred one with a permitted aspect ratio."""
     w, h = image.size
     for _ in range(10):
         pixels, aspect = w * h * rng.uniform(*area), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -42,16 +38,16 @@ def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator,
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """Evaluation: the short side resized to size * 256 / 224, then the middle size x size."""
+    """For evaluation: resizes the short side to size * 256 / 224 and takes the middle, size x size."""
     scale = round(size * 256 / 224) / min(image.size)
     image = image.resize([max(size, round(s * scale)) for s in image.size], BICUBIC)
     x, y = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((x, y, x + size, y + size))
 
 
-# ----------------------------------------------------------------------------------------------- RandAugment
-# Each operation: (picture, level v in [0, 10], random sign) -> picture. "Increasing": a higher level
-# is always a stronger change.
+# ------------------------------------------------------------------------------------------ RandAugment
+# Each operation: (picture, level v in [0, 10], random sign) -> picture. A higher level always changes
+# more (the "increasing" version).
 
 def transform(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=BICUBIC, fillcolor=FILL)
@@ -85,8 +81,8 @@ OPERATIONS = {
 
 def rand_augment(image: Image.Image, rng: np.random.Generator, magnitude: float = 9, deviation: float = 0.5,
                  count: int = 2) -> Image.Image:
-    """`count` operations drawn with replacement, each applied with probability 1/2 at a level of its own,
-    N(magnitude, deviation) within [0, 10] (Cubuk et al. 2020, in the version of DeiT)."""
+    """Draws `count` operations with replacement and applies each with probability 1/2, at its own level
+    from N(magnitude, deviation), clipped to [0, 10] (Cubuk et al. 2020, in the version of DeiT)."""
     for name in rng.choice(list(OPERATIONS), count):
         if rng.random() < 0.5:
             level = float(np.clip(rng.normal(magnitude, deviation), 0, 10))
@@ -94,11 +90,11 @@ def rand_augment(image: Image.Image, rng: np.random.Generator, magnitude: float 
     return image
 
 
-# ----------------------------------------------------------------------------------------- holes in pictures
+# ------------------------------------------------------------------------------------ holes in pictures
 
 def random_erasing(pixels: Tensor, rng: np.random.Generator, probability: float = 0.25) -> Tensor:
-    """With `probability`, one rectangle of the normalised picture (3, H, W), of area 0.02 to 1/3 and aspect
-    ratio 0.3 to 1/0.3, becomes N(0, 1) noise, anew for each pixel and channel. In place."""
+    """With `probability`, fills one rectangle of the normalised picture (3, H, W) with N(0, 1) noise,
+    in place. Its area is 0.02 to 1/3 of the picture, its aspect ratio 0.3 to 1/0.3."""
     h, w = pixels.shape[1:]
     if rng.random() >= probability:
         return pixels
@@ -114,8 +110,8 @@ def random_erasing(pixels: Tensor, rng: np.random.Generator, probability: float 
 
 
 def cutout(image: Image.Image, rng: np.random.Generator, side: float = 0.5) -> Image.Image:
-    """A square of `side` times the picture's, around a random pixel, clipped at the edges, in one random
-    colour (DeVries and Taylor 2017, as ImageNet-21k-P's authors have it)."""
+    """Paints a square of `side` times the picture's side around a random pixel, clipped at the edges,
+    in one random colour (DeVries and Taylor 2017, in the version of ImageNet-21k-P)."""
     w, h = image.size
     x, y = int(rng.integers(w)), int(rng.integers(h))
     half_w, half_h = int(side * w / 2), int(side * h / 2)
@@ -125,7 +121,7 @@ def cutout(image: Image.Image, rng: np.random.Generator, side: float = 0.5) -> I
     return image
 
 
-# ----------------------------------------------------------------------------------- mixing and soft targets
+# ------------------------------------------------------------------------------ mixing and soft targets
 
 def smooth_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
     """labels (B,) -> (B, K): smoothing / K everywhere, and 1 - smoothing more at the label."""
@@ -134,13 +130,13 @@ def smooth_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor
 
 def mix(images: Tensor, targets: Tensor, rng: np.random.Generator, mixup: float = 0.8,
         cutmix: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Mixup or CutMix, each half of the time (the other always if one of them is 0), of picture i with
-    picture B - 1 - i, at one ratio for the batch: lambda ~ Beta(alpha, alpha). Changes `images` in place.
+    """Mixes picture i with picture B - 1 - i, by mixup or CutMix with equal probability, at one ratio
+    for the batch: lambda ~ Beta(alpha, alpha). Changes `images` in place.
 
-    Mixup blends: lambda x + (1 - lambda) partner (Zhang et al. 2018). CutMix pastes a box of the partner, of
-    relative side sqrt(1 - lambda) around a uniform centre, clipped; lambda is then what the box really
-    leaves (Yun et al. 2019). DeiT draws once per process, pretrain.py once per total batch, so that the
-    number of processes does not matter.
+    Mixup blends: lambda x + (1 - lambda) partner (Zhang et al. 2018). CutMix pastes a box of the
+    partner. The box has the relative side sqrt(1 - lambda) around a uniform centre and is clipped;
+    lambda becomes the share of the picture that is left (Yun et al. 2019). DeiT draws once per process.
+    pretrain.py draws once per total batch, so that the number of processes does not matter.
 
     Args:
         images: (B, 3, H, W). targets: (B, K) soft. mixup, cutmix: alpha, 0 for never.
@@ -159,33 +155,3 @@ def mix(images: Tensor, targets: Tensor, rng: np.random.Generator, mixup: float 
     else:
         images = images.lerp_(images.flip(0), 1 - ratio)
     return images, targets.lerp(targets.flip(0), 1 - ratio)
-
-
-# ----------------------------------------------------------------------------------- whole recipes, by name
-
-@dataclass
-class ClassificationTransform:
-    """Picture -> (3, size, size) normalised. `kind`: "deit" (random crop and flip, RandAugment, random
-    erasing), "21k" (squeezed to the size, Cutout, RandAugment), "flip" (flip only) or "none" (the middle, as
-    for evaluation)."""
-    size: int = 224
-    kind: str = "none"
-    erasing: float = 0.25  # probability, of "deit"
-    cutout: float = 0.5    # side, of "21k"
-
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        if self.kind == "deit":
-            image = random_resized_crop(image, self.size, rng)
-        elif self.kind == "21k":
-            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
-        else:
-            # a picture that already has the size (the embedded data) is taken as it is
-            image = centre_crop(image, self.size) if image.size != (self.size,) * 2 else image
-        if self.kind in ("deit", "flip") and rng.random() < 0.5:
-            image = ImageOps.mirror(image)
-        if self.kind == "21k":
-            image = cutout(image, rng, self.cutout)
-        if self.kind in ("deit", "21k"):
-            image = rand_augment(image, rng)
-        pixels = to_tensor(image)
-        return random_erasing(pixels, rng, self.erasing) if self.kind == "deit" else pixels

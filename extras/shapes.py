@@ -1,18 +1,15 @@
 """The embedded data: pictures of eight kinds of shapes on a mottled ground, generated from a seed.
-
-Detection has up to three objects in a picture, classification a single large one, from the same vocabulary;
-so what is learnt from the one can be seen to help the other, in minutes and without a download. Colour
-tells an object from the ground, and two kinds from the others, or four in `shapes-hard`, where recognition
-is harder and pre-training matters more; which of these it is, only its shape tells. Only drawing happens
-here; data.py makes sets of it.
-"""
+ Detection has up to three objects in a picture, classification one large object. Both use the same
+shapes, so that pre-training can help detection, in minutes and without a download. In `shapes` the
+eight kinds share four colours, in `shapes-hard` two: colour finds an object, but only its shape gives
+the class. With fewer colours recognition is harder and pre-training helps more. """
 import numpy as np
 from PIL import Image, ImageDraw
 
 
 def polygon(corners: int, inner: float = 1.0) -> np.ndarray:
-    """A regular polygon in the unit circle, or a star if every second corner is at radius `inner`; (n,
-    2)."""
+    """(n, 2): a regular polygon in the unit circle, or a star if every second corner is at radius
+    `inner`."""
     n = corners if inner == 1 else 2 * corners
     angle = 2 * np.pi * np.arange(n) / n - np.pi / 2
     radius = np.where(np.arange(n) % 2 == 1, inner, 1.0)
@@ -32,13 +29,13 @@ SHAPES: dict[str, list[np.ndarray]] = {  # outline, then holes
     "arrow": [np.array([[0, -1], [0.9, 0], [0.35, 0], [0.35, 1], [-0.35, 1], [-0.35, 0], [-0.9, 0]])],
 }
 SHAPE_PIXELS, SUPERSAMPLE = 64, 4
-COLOURS = {"shapes": 4, "shapes-hard": 2}  # of the eight kinds, by the name of the data
+COLOURS_OF = {"shapes": 4, "shapes-hard": 2}  # name of the data -> number of colours that the kinds share
 
 
 def shape_mask(name: str, centre: np.ndarray, radius: float, angle: float, stretch: float,
                pixels: int) -> np.ndarray:
-    """Coverage in [0, 1] of a shape, (pixels, pixels), anti-aliased. `stretch` widens it by that factor
-    before turning."""
+    """(pixels, pixels): coverage in [0, 1] of a shape, anti-aliased. `stretch` is its width over its
+    height before turning, as a square root."""
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     mask = Image.new("L", (pixels * SUPERSAMPLE,) * 2)
     for i, outline in enumerate(SHAPES[name]):
@@ -48,7 +45,7 @@ def shape_mask(name: str, centre: np.ndarray, radius: float, angle: float, stret
 
 
 def background(rng: np.random.Generator, pixels: int) -> np.ndarray:
-    """A mottled, dull ground with clutter of lines and blotches, (pixels, pixels, 3) in 0..255."""
+    """(pixels, pixels, 3) in 0..255: a mottled, dull ground with lines and blotches."""
     ground = np.full((pixels, pixels, 3), rng.uniform(60, 190), np.float32)
     for cells in (2, 4, 8, 16):
         noise = rng.normal(0, 14, (cells, cells, 1)) + rng.normal(0, 5, (cells, cells, 3))  # mostly grey
@@ -68,10 +65,11 @@ def background(rng: np.random.Generator, pixels: int) -> np.ndarray:
 
 def shape_scene(rng: np.random.Generator, pixels: int = SHAPE_PIXELS, objects: int | None = None,
                 colours: int = 4) -> tuple[Image.Image, np.ndarray, np.ndarray]:
-    """One picture with `objects` objects, by default up to three, that may hide each other; a single one
-    asked for is larger, as in ImageNet's pictures. The kinds share `colours` colours. -> (RGB image, boxes
-    xyxy (n, 4), labels (n,)). A box is tight around what is visible; an object of which less than half is
-    visible is not annotated."""
+    """One picture -> (RGB image, boxes xyxy (n, 4), labels (n,)).
+
+    There are `objects` objects, by default up to three, which may hide each other. objects=1 gives a
+    larger one, as in ImageNet's pictures. The kinds share `colours` colours. A box is tight around the
+    visible part; an object that is hidden by more than half is not annotated. """
     canvas, owner, names = background(rng, pixels), np.full((pixels, pixels), -1), list(SHAPES)
     count, labels, sizes = objects or int(rng.choice(4, p=[0.04, 0.4, 0.34, 0.22])), [], []
     radii = np.log((0.3, 0.48) if objects == 1 else (0.2, 0.42))  # of the picture
@@ -101,3 +99,39 @@ def hsv(hue: float, saturation: float, value: float) -> np.ndarray:
     """Hue on a circle of circumference 1 -> (3,) RGB in [0, 1]."""
     k = (np.array([5, 3, 1]) + hue * 6) % 6
     return value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)
+
+
+# ---------------------------------------------------------------------- the sets, as data.py reads them
+
+def detection_pictures(data: str, split: str, limit: int | None) -> tuple[list[tuple], dict]:
+    """The embedded detection set: 2,000 training and 300 validation pictures of 64 x 64 pixels. A
+    picture's generator is seeded by its split and number, so the splits share no picture.
+
+    Returns:
+        [(id, image, boxes xyxy (n, 4), labels (n,))], and the ground truth in COCO format.
+    """
+    pictures, annotations = [], []
+    for i in range({"train": 2000, "val": 300}[split])[:limit]:
+        rng = np.random.default_rng((20220425, split == "val", i))
+        image, boxes, labels = shape_scene(rng, colours=COLOURS_OF[data])
+        pictures.append((i + 1, image, boxes, labels))
+        for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist()):
+            annotations.append({"id": len(annotations) + 1, "image_id": i + 1, "category_id": label + 1,
+                                "iscrowd": 0, "bbox": [x0, y0, x1 - x0, y1 - y0],
+                                "area": (x1 - x0) * (y1 - y0)})
+    truth = {"images": [{"id": i, "width": image.width, "height": image.height, "file_name": f"{i}.png"}
+                        for i, image, _, _ in pictures],
+             "annotations": annotations,
+             "categories": [{"id": i, "name": name} for i, name in enumerate(SHAPES, 1)]}
+    return pictures, truth
+
+
+def classification_pictures(data: str, split: str, limit: int | None) -> list[tuple[Image.Image, int]]:
+    """The embedded classification set: 8,000 training and 400 validation pictures of 64 x 64 pixels
+    with one shape in each, as (image, label)."""
+    items = []
+    for i in range({"train": 8000, "val": 400}[split])[:limit]:
+        rng = np.random.default_rng((20220426, split == "val", i))
+        image, _, labels = shape_scene(rng, objects=1, colours=COLOURS_OF[data])
+        items.append((image, int(labels[0])))
+    return items

@@ -1,8 +1,7 @@
-"""Pictures: detections on images, sheets of them (Figure 3), classified images, where the queries look, and
-the bar chart of COCO-C.
+"""Pictures: training curves, detections on images and sheets of them (Figure 3), classified images, the
+places where the queries look, and the bar chart of COCO-C.
 
-Nothing here detects: evaluate.py does, and hands over what it found as {"scores" (n,), "labels" (n,),
-"boxes" (n, 4) xyxy in pixels}.
+Nothing here detects. Detections come as {"scores" (n,), "labels" (n,), "boxes" (n, 4) xyxy in pixels}.
 """
 from pathlib import Path
 
@@ -11,23 +10,21 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from data import ClassificationSet, DetectionSet
-from deform_attn import MSDeformAttn, materialised
-from images import to_image
+from deform_attn import MSDeformAttn, sampling_locations_and_weights
 
 STRIDE_COLOURS = ("#ffd22e", "#ff7f2a", "#e8384f", "#8a4fff")  # of the samples at strides 8, 16, 32, 64
 
 
 def colour_of(label: int) -> tuple[int, int, int]:
-    """Distinct bright colours for neighbouring labels, by steps of the golden ratio around the colour
-    circle."""
+    """A bright RGB colour. Labels step around the colour circle by the golden ratio, so neighbours
+    differ."""
     k = (np.array([5, 3, 1]) + label * 0.618034 * 6) % 6
     return tuple(int(v) for v in 255 * (1 - 0.85 * np.clip(np.minimum(k, 4 - k), 0, 1)))
 
 
-def draw(image: Image.Image, found: dict[str, Tensor], classes: list[str],
-         threshold: float = 0.3) -> Image.Image:
-    """A copy of a picture with the boxes that score at least `threshold`, their class names and scores."""
+def draw_detections(image: Image.Image, found: dict[str, Tensor], classes: list[str],
+                    threshold: float = 0.3) -> Image.Image:
+    """A copy of the picture with the boxes that score at least `threshold`, their classes and scores."""
     scale = max(1, round(400 / max(image.size)))  # small pictures are enlarged, so that the text can be read
     picture = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     pen, line = ImageDraw.Draw(picture), max(2, max(picture.size) // 300)
@@ -45,9 +42,9 @@ def draw(image: Image.Image, found: dict[str, Tensor], classes: list[str],
     return picture
 
 
-def grid(pictures: list[Image.Image], columns: int = 4, cell: int = 400,
-         titles: list[str] | None = None) -> Image.Image:
-    """One sheet of pictures, each shrunk to at most `cell` pixels a side; `titles` stand above the
+def sheet_of(pictures: list[Image.Image], columns: int = 4, cell: int = 400,
+             titles: list[str] | None = None) -> Image.Image:
+    """One sheet of pictures, each shrunk to at most `cell` pixels a side. `titles` stand above the
     columns."""
     pictures = [ImageOps.contain(p, (cell - 8, cell - 8)) for p in pictures]
     columns, height = min(columns, len(pictures)), max(p.height for p in pictures) + 8
@@ -61,8 +58,8 @@ def grid(pictures: list[Image.Image], columns: int = 4, cell: int = 400,
     return sheet
 
 
-def picture_results(dataset: DetectionSet, results: list[dict], count: int = 8) -> Image.Image:
-    """The first `count` images of a set with the detections that COCO result dicts hold for them."""
+def results_sheet(dataset, results: list[dict], count: int = 8) -> Image.Image:
+    """The first `count` images of a DetectionSet with their detections, given as COCO result dicts."""
     label_of = {c: i for i, c in enumerate(dataset.category_ids)}
     pictures = []
     for record in dataset.records[:count]:
@@ -71,35 +68,56 @@ def picture_results(dataset: DetectionSet, results: list[dict], count: int = 8) 
         found = {"scores": torch.tensor([r["score"] for r in mine]),
                  "boxes": torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1),
                  "labels": torch.tensor([label_of[r["category_id"]] for r in mine], dtype=torch.int64)}
-        pictures.append(draw(record.image(), found, dataset.classes))
-    return grid(pictures)
+        pictures.append(draw_detections(record.image(), found, dataset.classes))
+    return sheet_of(pictures)
 
 
-@torch.no_grad()
-def picture_predictions(model: torch.nn.Module, dataset: ClassificationSet, device: torch.device,
-                        count: int = 16) -> Image.Image:
-    """A sheet of pictures from all over the set, each with its best class and that class's probability, a
-    wrong one in red with the right one."""
-    pictures = []
-    for i in range(0, len(dataset), max(1, len(dataset) // count))[:count]:
-        pixels, label = dataset[i]
-        p, best = model(pixels[None].to(device)).softmax(-1)[0].max(0)
-        names, right = dataset.classes, best.item() == label
-        text = f"{names[best]} {p:.2f}" + ("" if right else f", not {names[label]}")
-        picture = to_image(pixels).resize((256, 256), Image.Resampling.BICUBIC)
+def predictions_sheet(pictures: list[Image.Image], probabilities: Tensor, labels: list[int],
+                      classes: list[str]) -> Image.Image:
+    """Pictures with their best class and its probability. A wrong one is red and names the right class.
+    probabilities: (n, K)."""
+    cells = []
+    for picture, p, label in zip(pictures, probabilities, labels):
+        best = p.argmax().item()
+        text = f"{classes[best]} {p[best]:.2f}" + ("" if best == label else f", not {classes[label]}")
+        picture = picture.resize((256, 256), Image.Resampling.BICUBIC)
         ImageDraw.Draw(picture).rectangle((0, 232, 256, 256), fill="black")
-        ImageDraw.Draw(picture).text((6, 236), text[:40], fill="white" if right else "tomato",
+        ImageDraw.Draw(picture).text((6, 236), text[:40], fill="white" if best == label else "tomato",
                                      font=ImageFont.load_default(14))
-        pictures.append(picture)
-    return grid(pictures, cell=264)
+        cells.append(picture)
+    return sheet_of(cells, cell=264)
 
 
-# ------------------------------------------------------------------------------ where the queries look (3.3)
+def draw_curves(log: list[dict], scores: tuple[str, ...], path: Path) -> None:
+    """Draws a run's log: losses on the left, the named validation scores on the right."""
+    from matplotlib.figure import Figure
+    losses = [e for e in log if "loss" in e]
+    evaluations = [e for e in log if scores[0] in e]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for key in losses[0] if losses else ():
+        if key.startswith("loss"):
+            left.plot([e["step"] for e in losses], [e[key] for e in losses], label=key,
+                      lw=2 if key == "loss" else 1)
+    for key in scores:
+        right.plot([e["step"] for e in evaluations], [e[key] for e in evaluations], "o-", ms=3, label=key)
+    left.set(xlabel="step", yscale="log", title="training loss")
+    right.set(xlabel="step", ylim=(0, 1), title="validation")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend()
+    figure.savefig(path, dpi=90)
 
-class Watch:
-    """A context manager that records where the first `count` tokens, the extra ones, sample the image while
-    the model runs: one entry in `layers` per layer that holds them, (reference points (E, 2), locations
-    (E, M, L, P, 2), weights (E, M, L, P)) of the first image of a batch, places in [0, 1] of the padded
+
+# ------------------------------------------------------------------------- where the queries look (3.3)
+
+class WatchSampling:
+    """A context manager that records where the extra tokens, the first `count`, sample while the model
+    runs.
+
+    `layers` gets one entry per layer with extra tokens: (reference points (E, 2), locations (E, M, L,
+    P, 2), weights (E, M, L, P)) of the first image of a batch. Places are in [0, 1] of the padded
     image. The weights of a token and head sum to 1."""
 
     def __init__(self, model: torch.nn.Module, count: int):
@@ -107,14 +125,14 @@ class Watch:
 
     def __enter__(self):
         modules = [m for m in self.model.modules() if isinstance(m, MSDeformAttn)]
-        holding = modules[self.model.encoder.config.entry_layer - 1:]  # the extra tokens come first in them
+        holding = modules[self.model.encoder.config.entry_layer - 1:]  # their first tokens are the extra ones
         self.hooks = [m.register_forward_pre_hook(self.record) for m in holding]
         return self
 
     def record(self, module: MSDeformAttn, inputs: tuple) -> None:
         query, references, _, shapes = inputs[:4]
         query, references = query[:1, :self.count], references[:1, :self.count]
-        locations, weights = materialised(shapes, references, *module.sampling(query))
+        locations, weights = sampling_locations_and_weights(shapes, references, *module.sampling(query))
         self.layers.append((references[0, :, 0].cpu(), locations[0].float().cpu(), weights[0].float().cpu()))
 
     def __exit__(self, *_):
@@ -124,11 +142,12 @@ class Watch:
 
 def attention_picture(image: Image.Image, layers: list, padded: tuple[float, float],
                       found: dict[str, Tensor], classes: list[str], first_layer: int, path: Path) -> None:
-    """A row per detection, a column per layer: its query's reference point (+) and sampling locations, a dot
-    of an area proportional to the attention weight, coloured by the stride of the level sampled.
+    """A row per detection, a column per layer. Each cell shows the query's reference point (+) and its
+    sampling locations as dots. A dot's area is proportional to the attention weight, its colour gives
+    the level.
 
     Args:
-        layers: of a Watch. padded: (width, height) of the padded input in pixels of `image`.
+        layers: of a WatchSampling. padded: (width, height) of the padded input in pixels of `image`.
         found: the detections, with "queries" (n,), the query of each. path: the PNG to write.
     """
     from matplotlib.figure import Figure
@@ -160,12 +179,12 @@ def attention_picture(image: Image.Image, layers: list, padded: tuple[float, flo
     figure.savefig(path, dpi=130)
 
 
-# ----------------------------------------------------------------------------------------- COCO-C (Table 4)
+# ------------------------------------------------------------------------------------- COCO-C (Table 4)
 
 def corruption_chart(names: tuple[str, ...], row: tuple[float, ...], clean: float,
                      paper: tuple[float, ...] | None, path: Path) -> None:
-    """Bars of a row of Table 4 (the mean, then AP per corruption, in percent) and a line at the clean AP,
-    with the paper's row, if there is one, as marks."""
+    """Bars of a row of Table 4 (the mean, then AP per corruption, in percent) and a line at the clean
+    AP. The paper's row, if there is one, is drawn as marks."""
     from matplotlib.figure import Figure
     labels = ["mean", *(n.replace("_", " ") for n in names)]
     figure = Figure(figsize=(11, 4.2), layout="constrained")

@@ -1,46 +1,44 @@
 """The authors' released layout: their tokenizer, their extra norms, and their checkpoints.
 
-The *layout* of paper and released code differs in two modules (what else differs: README). `released_layout`
-exchanges just these two in a model of model.py:
+Paper and released code differ in two modules (docs/differences.md lists the other differences).
+`released_layout` exchanges these two in a model of model.py:
 
-    tokenizer   three patch convolutions, the fourth level by a 3x3 convolution from the third; two
-                LayerNorms per level; projections are convolutions without bias + GroupNorm (Table 6 has
-                four convolutions and linear layers)
-    adaptor     the norm after it is one per layer, over *all* tokens, image tokens too (Eq. 5 has none;
-                ours: one, shared, over the queries)
-
-`load_released` reads one of their detection checkpoints (an mmdet file) into such a model, and
-`load_released_encoder` the encoder of one of their pre-training checkpoints.
-"""
-import pickle
+    tokenizer   three patch convolutions; the fourth level comes from the third by a 3x3 convolution. Two
+                LayerNorms per level. Projections are convolutions without bias + GroupNorm. (Table 6
+                has four convolutions and linear layers.)
+    adaptor     the norm after it is one per layer, over *all* tokens, image tokens too. (Eq. 5 has no norm;
+                ours is one, shared, over the queries.)
+ `read_checkpoint` reads any checkpoint: ours, or one of the authors' of either stage (mmdet files),
+converted to our format. `load_released` makes a detector of one of theirs. """
 import re
-import warnings
+from dataclasses import asdict
 from os import PathLike
 
 import torch
 from torch import Tensor, nn
 
-from model import VARIANTS, Config, Detector, InputError, TaskAdaptor, build_adaptor
+from engine import InputError, load_checkpoint
+from model import VARIANTS, Config, Detector, TaskAdaptor, build_adaptor
 
 
 class ReleasedTokenizer(nn.Module):
-    """Strides 8, 16, 32 by patch convolutions, 64 by a 3x3 convolution: 28, 14, 7, 4 tokens a side for 224
-    pixels, where Table 6 gives 28, 14, 7, 3. gn_groups: of the GroupNorms after the projections."""
+    """Strides 8, 16, 32 by patch convolutions, 64 by a 3x3 convolution: 28, 14, 7, 4 tokens a side for
+    224 pixels, where Table 6 gives 28, 14, 7, 3. gn_groups: of the GroupNorms after the projections."""
     multiple = 32
 
     def __init__(self, config: Config, gn_groups: int = 32):
         super().__init__()
         d0, d = config.tokenizer_dim, config.dim
         self.convs = nn.ModuleList(nn.Conv2d(cin, d0, k, stride=k) for cin, k in ((3, 8), (d0, 2), (d0, 2)))
-        # feed the next convolution
+        # The first norm of a level is followed by the next convolution, the second by the level's
+        # projection.
         self.norms = nn.ModuleList(nn.LayerNorm(d0, eps=1e-6) for _ in self.convs)
-        # feed this level's projection
         self.out_norms = nn.ModuleList(nn.LayerNorm(d0, eps=1e-6) for _ in self.convs)
         self.projections = nn.ModuleList([*(nn.Conv2d(d0, d, 1, bias=False) for _ in self.convs),
                                           nn.Conv2d(d0, d, 3, stride=2, padding=1, bias=False)])
         for projection in self.projections:
             nn.init.xavier_uniform_(projection.weight)
-        # Over padded pixels too: in this layout, detections depend a little on how much an image is padded.
+        # GroupNorm sees padded pixels too, so detections depend a little on the padding of the batch.
         self.group_norms = nn.ModuleList(nn.GroupNorm(gn_groups, d) for _ in self.projections)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -56,22 +54,22 @@ class ReleasedTokenizer(nn.Module):
 
 
 class ReleasedAdaptor(TaskAdaptor):
-    """Shared or not, one LayerNorm per layer, over all tokens."""
+    """A task adaptor, shared or not, with one LayerNorm per layer, over all tokens."""
 
     def __init__(self, config: Config):
         super().__init__(config)
         del self.norm
-        layers = 1 if config.adaptor_per_layer else config.extra_layers  # that this adaptor serves
+        layers = 1 if config.adaptor_per_layer else config.extra_layers  # served by this adaptor
         self.norms = nn.ModuleList(nn.LayerNorm(config.dim) for _ in range(layers))
 
     def forward(self, extra: Tensor, positions: Tensor, memory: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """As of a TaskAdaptor, but the image tokens change, too."""
-        return self.norms[index](self.relate(extra, positions)), self.norms[index](memory)
+        """As TaskAdaptor.forward, except that the image tokens are normalised too."""
+        return self.norms[index](self.mix_queries(extra, positions)), self.norms[index](memory)
 
 
 def released_layout(model: nn.Module, gn_groups: int = 32) -> nn.Module:
     """Turns a fresh Classifier or Detector of the paper's layout into one of the released layout, in
-    place."""
+    place, and returns it."""
     config = model.encoder.config
     model.encoder.tokenizer = ReleasedTokenizer(config, gn_groups)
     if isinstance(model, Detector):
@@ -79,12 +77,12 @@ def released_layout(model: nn.Module, gn_groups: int = 32) -> nn.Module:
     return model
 
 
-# ----------------------------------------------------------------------------------------- their checkpoints
+# ------------------------------------------------------------------------------------ their checkpoints
 
 T = r"bbox_head\.transformer\."
-# Their name (a pattern over the whole key) -> ours. {n} and {last} are the first and the last group of the
-# pattern; {stage} counts the strides 8, 16, 32 from 0; {layer} is {n} in their encoder1, layers 1-6, and {n}
-# + 6 in their encoder2, 7-12.
+# Their name (a pattern over the whole key) -> ours. {n} and {last} are the first and the last group of
+# the pattern; {stage} counts the strides 8, 16, 32 from 0; {layer} is {n} in their encoder1, layers
+# 1-6, and {n} + 6 in their encoder2, 7-12.
 KEYS = [
     (r"backbone\.patch_embed(8|16|32)\.proj\.(weight|bias)", "encoder.tokenizer.convs.{stage}.{last}"),
     (r"backbone\.patch_embed(8|16|32)\.norm\.(weight|bias)", "encoder.tokenizer.norms.{stage}.{last}"),
@@ -126,16 +124,16 @@ def our_name(key: str) -> str | None:
 
 
 def four_levels(tensor: Tensor, num_heads: int, points: int) -> Tensor:
-    """Drops the fifth level, which their layers 7-12 mask, from a sampling_offsets or attention_weights
-    tensor."""
+    """Drops the fifth level from a sampling_offsets or attention_weights tensor. Their layers 7-12 mask
+    it."""
     per_point = tensor.shape[0] // (num_heads * 5 * points)  # 2 for offsets, 1 for weights
     parts = tensor.view(num_heads, 5, points * per_point, *tensor.shape[1:])
     return parts[:, :4].flatten(0, 2)
 
 
 def convert(theirs: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
-    """Their state dict -> ours. Raises InputError if a key is not known, or if the six heads they tie are
-    not equal."""
+    """Their state dict -> ours. Raises InputError if a key is unknown, or if the six heads that they tie
+    differ."""
     ours, points = {}, VARIANTS["lite"].points
     for key, tensor in theirs.items():
         if key == QUERY_KEY:
@@ -163,18 +161,17 @@ ENCODER2_NORM = "bbox_head.transformer.encoder2.layers.0.norms.{}.weight"
 
 
 def is_released_pretraining(checkpoint: dict) -> bool:
-    """Whether a loaded file is a pre-training checkpoint of the authors: as it was trained, or as their
-    script postprocess_ckpt.py leaves it, which moves the norms of layers 7-12 from {0, 1} to {1, 2} and
-    drops what detection starts afresh."""
+    """Whether a loaded file is a pre-training checkpoint of the authors, as it was trained or as their
+    script postprocess_ckpt.py leaves it. That script moves the norms of layers 7-12 from {0, 1} to {1,
+    2} and drops the parts that detection starts afresh."""
     state = checkpoint.get("state_dict", checkpoint)
     norms = [isinstance(state, dict) and ENCODER2_NORM.format(i) in state for i in range(3)]
     return norms in ([True, True, False], [False, True, True])
 
 
 def load_released_encoder(checkpoint: dict) -> tuple[Config, dict[str, Tensor]]:
-    """(config, {"encoder...": tensor} in our names) of one of the authors' pre-training checkpoints. What is
-    no part of the encoder (class token, its reference point, heads) is left out. InputError if it is not
-    whole."""
+    """(config, {"encoder...": tensor} in our names) of one of the authors' pre-training checkpoints.
+    Class token, its reference point and heads are left out. InputError if it is not whole."""
     state = dict(checkpoint.get("state_dict", checkpoint))
     if ENCODER2_NORM.format(0) in state:  # as it was trained
         state = {re.sub(r"(encoder2\.layers\.\d+\.norms\.)(\d)", lambda m: m[1] + str(int(m[2]) + 1), k): v
@@ -184,30 +181,6 @@ def load_released_encoder(checkpoint: dict) -> tuple[Config, dict[str, Tensor]]:
     state = {k: v for k, v in state.items() if not k.startswith(dropped)}
     config = read_config(state)
     return config, convert(state, config.heads)
-
-
-def load_checkpoint(path: str | PathLike) -> dict:
-    """A checkpoint file's content, on the CPU: tensors and plain containers. Any other pickle is refused,
-    never run.
-
-    Raises:
-        InputError: if it is absent, broken or more than that.
-    """
-    try:
-        with warnings.catch_warnings():  # of torch, about pickles that it is going to refuse
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"checkpoint {path} is missing") from None
-    except pickle.UnpicklingError:
-        raise InputError(f"{path} was not unpickled: it is no checkpoint, or holds more than tensors and "
-                         "plain containers and might run anything; give a checkpoint of this project or a "
-                         "plain state dict") from None
-    except Exception as e:  # whatever torch's readers raise on bytes that are not theirs
-        raise InputError(f"{path} is not a whole checkpoint ({' '.join(str(e).split())[:100]})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
-    return content
 
 
 def read_config(state: dict[str, Tensor], num_heads: int | None = None) -> Config:
@@ -225,13 +198,34 @@ def read_config(state: dict[str, Tensor], num_heads: int | None = None) -> Confi
         raise InputError(f"not a released FP-DETR checkpoint: {e}") from None
 
 
+def read_checkpoint(path: str | PathLike) -> dict:
+    """A checkpoint of this project as it is, or one of the authors' in our format: {"stage", "layout",
+    "classes", "config", "model"}. InputError if the file is no checkpoint or theirs is not whole."""
+    content = load_checkpoint(path)
+    try:
+        if is_released(content):
+            detector = load_released(content)
+            num_classes = detector.class_head.out_features
+            names = (content.get("meta") or {}).get("CLASSES") or [f"class {i}" for i in range(num_classes)]
+            return {"stage": "finetune", "layout": "released", "classes": list(names),
+                    "config": asdict(detector.encoder.config), "model": detector.state_dict()}
+        if is_released_pretraining(content):
+            config, weights = load_released_encoder(content)
+            return {"stage": "pretrain", "layout": "released", "classes": [], "config": asdict(config),
+                    "model": weights}
+    except (RuntimeError, TypeError) as e:  # shapes that do not belong together
+        raise InputError(f"{path} does not fit: {' '.join(str(e).split())[:200]}") from None
+    return content
+
+
 def load_released(path_or_state_dict: str | PathLike | dict, num_heads: int | None = None,
                   gn_groups: int = 32) -> Detector:
     """A detector with the weights of one of the authors' checkpoints, in eval mode, in the dtype of the
     weights.
 
     Args:
-        path_or_state_dict: the file (never unpickled beyond tensors and plain containers), or its content,
+        path_or_state_dict: the file (never unpickled beyond tensors and plain containers), or its
+        content,
             {"meta", "state_dict", ...} as mmdet wraps it or the state dict alone.
         num_heads: read off the shapes, which needs the usual 4 points, unless given.
         gn_groups: of the projections; cannot be read off the shapes.

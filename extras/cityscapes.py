@@ -1,0 +1,207 @@
+"""Cityscapes as a detection set (4.5, Table 5): polygons -> boxes in COCO format.
+
+    python -m extras.cityscapes [ROOT]    writes ROOT/annotations/instances_{train,val}.json anew
+
+Cityscapes lists the objects of an image from far to near. Painted in this order, near objects hide far
+ones. The box of an object is tight around the pixels that stay visible.
+"""
+import argparse
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from engine import Help, InputError, run_script
+
+# Category ids are 1 to 8 in this order. Cityscapes' own ids, which the released code's annotation files
+# keep, are 24 to 28 and 31 to 33 in the same order. So a model learns the same labels, 0 to 7.
+CLASSES = ("person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
+MOST_PIXELS = 90_000_000  # of an image, as everywhere in this project
+FARTHEST = 1e5  # of coordinates. From about 1e7 on, polygons of pillow are whole pixels off.
+HELP = ("download leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip (cityscapes-dataset.com, "
+        "after registration) and unpack both in")
+
+
+# --------------------------------------------------------------------------------------- the COCO file
+
+def path_of(root: str | Path, split: str) -> Path:
+    return Path(root) / "annotations" / f"instances_{split}.json"
+
+
+def annotation_file(root: str | Path, split: str) -> Path:
+    """The path of a split's annotations in COCO format. The first call makes the file.
+
+    Raises:
+        InputError: as `convert`, or the images are missing.
+    """
+    root = Path(root)
+    if root.is_dir() and not (root / "leftImg8bit").is_dir():
+        raise InputError(f"{root / 'leftImg8bit'} is missing: unpack leftImg8bit_trainvaltest.zip in "
+                         f"{root}")
+    if not path_of(root, split).is_file():
+        convert(root, split)
+    return path_of(root, split)
+
+
+def convert(root: str | Path, split: str) -> dict:
+    """Writes root/annotations/instances_{split}.json and returns its content.
+
+    Raises:
+        InputError: as `cityscapes_to_coco`, or the file cannot be written.
+    """
+    content = cityscapes_to_coco(root, split, workers=min(8, os.cpu_count() or 1))
+    path, temporary = path_of(root, split), None
+    try:
+        path.parent.mkdir(exist_ok=True)
+        # A file of its own for each process: all those of a run on several GPUs may come here at once.
+        with NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as temporary:
+            temporary.write(json.dumps(content))
+        os.chmod(temporary.name, 0o644)  # a temporary file is readable by its owner only
+        os.replace(temporary.name, path)
+    except OSError as e:
+        if temporary is not None:
+            Path(temporary.name).unlink(missing_ok=True)
+        raise InputError(f"cannot write {path} ({e.strerror}): run `python -m extras.cityscapes ROOT` "
+                         f"once where {root} can be written") from None
+    return content
+
+
+def cityscapes_to_coco(root: str | Path, split: str, workers: int = 0) -> dict:
+    """The objects of Cityscapes in COCO format, from gtFine/SPLIT/CITY/*_gtFine_polygons.json.
+
+    Args:
+        root: the folder with gtFine/. split: "train" (2,975 images) or "val" (500).
+        workers: processes that help; with 0 or 1 this process works alone.
+    Returns:
+        {"images", "annotations", "categories"}. Images are numbered from 1 by file name, which is
+        relative to `root`. Images without objects stay. An object without visible pixels has no
+        annotation. There are no masks. Of the visible pixels, bbox is [x, y, w, h], ints, and area is
+        the number. iscrowd is 1 for a group that was not taken apart ("cargroup").
+    Raises:
+        InputError: the data are missing (it says what to download) or malformed (it names the file).
+    """
+    files = polygon_files(Path(root), split)
+    with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
+        scenes = pool.map(read_scene, files, chunksize=8) if pool else map(read_scene, files)
+        title = f"reading Cityscapes {split}"
+        scenes = list(tqdm(scenes, title, len(files), leave=False, unit="image"))
+    images, annotations = [], []
+    for image_id, (image, objects) in enumerate(scenes, 1):
+        images.append({"id": image_id, **image})
+        for o in objects:
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, **o})
+    return {"images": images, "annotations": annotations,
+            "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)]}
+
+
+# ----------------------------------------------------------------------------------- the polygon files
+
+def polygon_files(root: Path, split: str) -> list[Path]:
+    """A split's polygon files, sorted by city and name. InputError if there are none."""
+    if split == "test":
+        raise InputError("the annotations of Cityscapes' test split are dummies without objects (the "
+                         "true ones are secret): use the split val")
+    for folder in (root, root / "gtFine"):
+        if not folder.is_dir():
+            raise InputError(f"{folder} is missing: {HELP} {root}, or name another folder with "
+                             "--data-root")
+    files = sorted((root / "gtFine" / split).glob("*/*_gtFine_polygons.json"), key=Path.as_posix)
+    if not files:
+        raise InputError(f"{root / 'gtFine' / split} holds no */*_gtFine_polygons.json: {HELP} {root}")
+    return files
+
+
+def read_scene(path: Path) -> tuple[dict, list[dict]]:
+    """One polygon file -> (COCO image, COCO annotations), both without ids."""
+    width, height, objects = read_polygons(path)
+    split, city = path.parent.parent.name, path.parent.name
+    name = path.name.replace("_gtFine_polygons.json", "_leftImg8bit.png")
+    image = {"file_name": f"leftImg8bit/{split}/{city}/{name}", "width": width, "height": height}
+    return image, visible_objects(width, height, objects)
+
+
+def read_polygons(path: Path) -> tuple[int, int, list]:
+    """A polygon file -> width, height, and (label, [x0, y0, x1, y1, ...]) of the objects that are
+    painted, in painting order. InputError, naming the file, if it is malformed."""
+    place, painted = "the file", []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        width, height, entries = content["imgWidth"], content["imgHeight"], content["objects"]
+        sides_fit = all(type(side) is int and side > 0 for side in (width, height))
+        if not sides_fit or width * height > MOST_PIXELS:
+            raise ValueError("imgWidth and imgHeight are not the size of a picture in pixels")
+        if not isinstance(entries, list):
+            raise ValueError("'objects' is no list")
+        for i, entry in enumerate(entries):
+            place = f"objects[{i}]"
+            label, polygon, deleted = entry["label"], entry["polygon"], entry.get("deleted", 0)
+            coordinates = [v for x, y in polygon for v in (x, y)]
+            if not isinstance(label, str) or not isinstance(polygon, list) or deleted not in (0, 1):
+                raise ValueError("'label' is no text, 'polygon' is no list, or 'deleted' is not 0 or 1")
+            # NaN and infinity are not below FARTHEST. type() because true is an int to isinstance().
+            if not all(type(v) in (int, float) and abs(v) < FARTHEST for v in coordinates):
+                raise ValueError("'polygon' has a point that is not two numbers of pixels")
+            # As in the tools of Cityscapes, deleted objects and license plates hide nothing. All other
+            # labels do, also "sky" and "out of roi". Our own rule: a polygon needs three points.
+            if not deleted and label != "license plate" and len(polygon) > 2:
+                painted.append((label, coordinates))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        reason = f"the key {e} is missing" if isinstance(e, KeyError) else str(e)
+        reason = " ".join(reason.split())[:200]
+        raise InputError(f"annotations {path}: {place} cannot be read ({reason}): unpack "
+                         "gtFine_trainvaltest.zip again") from None
+    return width, height, painted
+
+
+# ---------------------------------------------------------------------------------------- the painting
+
+def visible_objects(width: int, height: int, objects: list) -> list[dict]:
+    """The visible instances: {"category_id", "iscrowd", "area", "bbox"}, in painting order.
+
+    Each instance paints its number, every other object paints 0. Pillow clips polygons at the image's
+    edges and fills them with their outline, as the tools of Cityscapes do. So the polygon
+    (2, 3) (10, 3) (10, 8) (2, 8) is 9 pixels wide.
+    """
+    from scipy.ndimage import find_objects  # imported here, because it is slow and --help does without
+    canvas = Image.new("I", (width, height))  # 32 bits
+    draw = ImageDraw.Draw(canvas)
+    instances = []  # (category id, iscrowd)
+    for label, polygon in objects:
+        name = label.removesuffix("group")
+        if name in CLASSES:
+            # Each group is a crowd of its own. (Cityscapes' instance images, and so the released code,
+            # make one crowd of all groups of a class in an image.)
+            instances.append((CLASSES.index(name) + 1, int(name != label)))
+        draw.polygon(polygon, fill=len(instances) if name in CLASSES else 0)
+    pixels = np.asarray(canvas)  # (height, width) int32
+    areas = np.bincount(pixels.ravel(), minlength=len(instances) + 1)[1:]
+    boxes = find_objects(pixels, len(instances))
+    visible = []
+    for (category, crowd), area, box in zip(instances, areas.tolist(), boxes):
+        if area:
+            y, x = box
+            visible.append({"category_id": category, "iscrowd": crowd, "area": area,
+                            "bbox": [x.start, y.start, x.stop - x.start, y.stop - y.start]})
+    return visible
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("root", type=Path, nargs="?", default=Path("data/cityscapes"), metavar="ROOT",
+                        help="the folder with gtFine/")
+    root = parser.parse_args().root
+    for split in ("train", "val"):
+        content = convert(root, split)
+        crowds = sum(a["iscrowd"] for a in content["annotations"])
+        print(f"{path_of(root, split)}: {len(content['images'])} images, "
+              f"{len(content['annotations']) - crowds} objects, {crowds} crowds")
+
+
+if __name__ == "__main__":
+    run_script(main)
