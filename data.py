@@ -1,5 +1,6 @@
 """Data: reading images, transforms, detection and classification sets, and batches.
- Detection: `shapes` and `shapes-hard` (generated), `coco`, `cityscapes`, or any folder in COCO format
+
+Detection: `shapes` and `shapes-hard` (generated), `coco`, `cityscapes`, or any folder in COCO format
 become a `DetectionSet`. The transforms are Deformable DETR's, which the paper follows (4.1).
 Classification: `shapes`, ImageNet, or any folder with a folder of images per class become a
 `ClassificationSet`. DeiT's augmentations are in extras/augment.py, the generated pictures in
@@ -26,8 +27,8 @@ from extras.cityscapes import cityscapes_to_coco  # noqa: F401 (public here)
 
 # ------------------------------------------------------------------------------------- images and boxes
 
-warnings.filterwarnings("ignore", module="PIL")  # damaged metadata, as in some files of ImageNet, do no harm
-warnings.simplefilter("error", Image.DecompressionBombWarning)  # refuses pictures of 90 megapixels or more
+warnings.filterwarnings("ignore", module="PIL")  # damaged metadata, as in ImageNet, do no harm
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # refuses more than 90 megapixels
 # Pillow reads more formats, but EPS files are programs, and half a JPEG 2000 file can pass for a whole
 # one.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM")
@@ -95,8 +96,7 @@ def flip(image: Image.Image, boxes: np.ndarray, labels: np.ndarray) -> Sample:
 
 
 def resize(image: Image.Image, boxes: np.ndarray, labels: np.ndarray, short: int, long: int) -> Sample:
-    """Keeps the aspect ratio. The short side becomes `short`, or less if the long side would exceed
-    `long`."""
+    """Keeps the aspect ratio. Makes the short side `short`, or less so that the long side is `long`."""
     w, h = image.size
     scale = min(short / min(w, h), long / max(w, h))
     new_w, new_h = max(1, int(w * scale + 0.5)), max(1, int(h * scale + 0.5))
@@ -120,7 +120,8 @@ class Transform:
 
     `image_size` is the short side at test time. All other sizes of the recipe (training sides 480..800,
     crops 384..600, long side 1333) scale with it, so one recipe serves COCO at 800 pixels and small
-    trials. """
+    trials.
+    """
     image_size: int = 800
     augment: str = "none"
 
@@ -144,9 +145,11 @@ class Transform:
         """A crop of 384 to 600 pixels a side, from the image at a short side of 400, 500 or 600."""
         short = int(rng.choice([400, 500, 600]))
         image, boxes, labels = resize(image, boxes, labels, self.scaled(short), self.scaled(4200))
-        w, h = (int(rng.integers(min(side, self.scaled(384)), min(side, self.scaled(600)), endpoint=True))
+        least, most = self.scaled(384), self.scaled(600)
+        w, h = (int(rng.integers(min(side, least), min(side, most), endpoint=True))
                 for side in image.size)
-        x, y = (int(rng.integers(0, side - part, endpoint=True)) for side, part in zip(image.size, (w, h)))
+        x = int(rng.integers(0, image.width - w, endpoint=True))
+        y = int(rng.integers(0, image.height - h, endpoint=True))
         return crop(image, boxes, labels, x, y, w, h)
 
 
@@ -154,8 +157,7 @@ class Transform:
 
 @dataclass
 class Record:
-    """One image and its objects: boxes (n, 4) float64 xyxy in pixels, labels (n,) int64 counted from
-    0."""
+    """One image and its objects: boxes (n, 4) float64 xyxy in pixels, labels (n,) int64 from 0."""
     id: int
     source: Path | Image.Image  # a file, or a generated picture
     size: tuple[int, int]       # (width, height)
@@ -245,7 +247,8 @@ def read_annotations(source: Path | dict) -> dict:
         for i, entry in enumerate(content["categories"]):
             place = f"categories[{i}]"
             category = {"id": entry["id"], "name": str(entry["name"])}
-            require(is_id(category["id"]) and category["id"] not in known, "its id is no integer of its own")
+            require(is_id(category["id"]) and category["id"] not in known,
+                    "its id is no integer of its own")
             require(category["name"].isprintable(), "its name cannot be printed")
             categories.append(category)
             known.add(category["id"])
@@ -339,17 +342,21 @@ class FileFinder:
         is_name = isinstance(name, str) and name.isprintable() and len(name) < 1000
         path = Path(os.path.normpath(self.folder / str(name)))
         if not is_name or not os.path.abspath(path).startswith(self.inside):
-            raise InputError(f"annotations {where}: the file name {name!r:.80} leaves {self.folder} or is "
-                             f"none")
+            raise InputError(f"annotations {where}: the file name {name!r:.80} leaves {self.folder} or "
+                             f"is none")
         if path.parent not in self.names:
-            self.names[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
+            try:
+                self.names[path.parent] = set(os.listdir(path.parent))
+            except OSError as e:
+                raise InputError(f"folder {path.parent} of an image cannot be listed ({e.strerror}); "
+                                 f"{where} names it") from None
         if path.name not in self.names[path.parent]:
             raise InputError(f"image {path} is missing; {where} lists it")
         return path
 
 
-DETECTION_DATA = ("shapes or shapes-hard (generated, no download), coco, cityscapes, or any folder in COCO "
-                  "format with train/, val/ and annotations/instances_{train,val}.json")
+DETECTION_DATA = ("shapes or shapes-hard (generated, no download), coco, cityscapes, or any folder in "
+                  "COCO format with train/, val/ and annotations/instances_{train,val}.json")
 COCO_HELP = ("download train2017.zip, val2017.zip and annotations_trainval2017.zip (COCO 2017, "
              "cocodataset.org), unpack them there, or name another folder with --data-root")
 FOLDER_HELP = "needed are train/, val/ and annotations/instances_{train,val}.json in it"
@@ -369,7 +376,7 @@ def detection_set(data: str, split: str, root: str | None = None, limit: int | N
     options = dict(name=f"{data} {split}", transform=Transform(image_size, augment), seed=seed)
     if data in shapes.COLOURS_OF:
         pictures, truth = shapes.detection_pictures(data, split, limit)
-        records = [Record(i, picture, picture.size, boxes, labels) for i, picture, boxes, labels in pictures]
+        records = [Record(id, image, image.size, boxes, labels) for id, image, boxes, labels in pictures]
         return DetectionSet(records, truth, **options)
     if data == "cityscapes":
         folder = Path(root or "data/cityscapes")
@@ -385,7 +392,8 @@ def detection_set(data: str, split: str, root: str | None = None, limit: int | N
 
 # --------------------------------------------------------------------------------------- classification
 
-def classification_transform(image: Image.Image, rng: np.random.Generator, size: int, kind: str) -> Tensor:
+def classification_transform(image: Image.Image, rng: np.random.Generator, size: int,
+                             kind: str) -> Tensor:
     """Picture -> (3, size, size) float32, normalised. `kind`: "deit" (random crop and flip, RandAugment,
     random erasing; 4.1), "21k" (squeezed to the size, Cutout, RandAugment; A.3), "flip" (flip only) or
     "none" (the middle, as for evaluation)."""
@@ -454,10 +462,11 @@ def image_folder(folder: Path, limit: int | None = None, **options) -> Classific
     return ClassificationSet(items, names, **options)
 
 
-CLASSIFICATION_DATA = ("shapes or shapes-hard (generated, no download), imagenet, imagenet21k, or any folder "
-                       "with train/ and val/, each with a folder of images per class")
+CLASSIFICATION_DATA = ("shapes or shapes-hard (generated, no download), imagenet, imagenet21k, or any "
+                       "folder with train/ and val/, each with a folder of images per class")
 # ImageNet-21k-P has the folder names of its authors' archive.
-IMAGENET_FOLDERS = {"imagenet": ("train", "val"), "imagenet21k": ("imagenet21k_train", "imagenet21k_val")}
+IMAGENET_FOLDERS = {"imagenet": ("train", "val"),
+                    "imagenet21k": ("imagenet21k_train", "imagenet21k_val")}
 
 
 def classification_set(data: str, split: str, root: str | None = None, limit: int | None = None,

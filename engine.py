@@ -28,42 +28,46 @@ from tqdm import tqdm
 # -------------------------------------------------------------------------------- errors and the script
 
 class InputError(ValueError):
-    """Something that the user gave cannot be used. The message is one line: what, where, how to fix it."""
+    """Something that the user gave cannot be used. The message is one line: what, where, the remedy."""
 
 
 def run_script(main: Callable, **options) -> None:
-    """Runs main(**options). Prints a user's mistake as one line, with exit code 2, not as a traceback."""
-    def end(code: int, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)  # below a progress bar, not inside it
-        sys.exit(code)
+    """Runs main(**options). Prints a user's mistake as one line, not as a traceback; exit code 2."""
+    code, text = 2, ""
     try:
         main(**options)
     except torch.OutOfMemoryError:
-        end(2, "error: the GPU's memory is full: give a smaller --micro-batch (the batch stays the same, "
-               "in more parts); in an evaluation, a smaller --batch-size")
+        text = ("error: the GPU's memory is full: give a smaller --micro-batch (the batch stays the same, "
+                "in more parts); in an evaluation, a smaller --batch-size")
     except ValueError as e:
         # deform_attn.py knows no InputError. It names this variable when it cannot obey it.
         if not isinstance(e, InputError) and "FPDETR_DEFORM_ATTN" not in str(e):
             raise
         # An error in a data loading process arrives with that process's traceback in front.
-        end(2, f"error: {str(e).splitlines()[-1].rpartition('InputError: ')[2]}")
+        text = f"error: {str(e).splitlines()[-1].rpartition('InputError: ')[2]}"
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):  # gloo raises plain RuntimeErrors
             raise
-        end(2, f"error: process {rank()} lost contact with another one, which printed its reason; "
-               f"--resume goes on")
+        text = (f"error: process {rank()} lost contact with another one, which printed its reason; "
+                f"--resume goes on")
     except FileNotFoundError as e:
-        end(2, f"error: {e.filename} is missing")
+        text = f"error: {e.filename} is missing"
     except OSError as e:  # while writing a log or a picture
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise
-        end(2, f"error: cannot write {e.filename or 'a file of the run'} ({e.strerror}); after making "
-               f"room, --resume goes on")
+        text = (f"error: cannot write {e.filename or 'a file of the run'} ({e.strerror}); after making "
+                f"room, --resume goes on")
     except KeyboardInterrupt:
-        end(130, "interrupted; a training run goes on from its last checkpoint with --resume")
+        code, text = 130, "interrupted; a training run goes on from its last checkpoint with --resume"
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if dist.is_initialized():
             dist.destroy_process_group()
+    # Out here the exception is gone, and with it the last reference to the data loading processes.
+    # They ignore SIGTERM, so exiting inside of `except` would wait for them for ever.
+    if text:
+        tqdm.write(text, file=sys.stderr)  # below a progress bar, not inside it
+        sys.exit(code)
 
 
 # ------------------------------------------------------------------------------------------------ flags
@@ -115,8 +119,8 @@ def add_training_flags(parser: argparse.ArgumentParser, variants: dict) -> None:
     parser.add_argument("--limit-val", type=positive, help="evaluate on the first N images only")
     machine = parser.add_argument_group("machine and run folder (these may change with --resume)")
     machine.add_argument("--micro-batch", type=positive, default=2,
-                         help="images that one GPU holds at once; a batch is accumulated from as many as "
-                              "needed. Larger is faster and needs more memory. The gradient is the "
+                         help="images that one GPU holds at once; a batch is accumulated from as many "
+                              "as needed. Larger is faster and needs more memory. The gradient is the "
                               "same, except for the random numbers of dropout")
     machine.add_argument("--activation-checkpointing", action="store_true",
                          help="keep only the layers' inputs and compute the rest again in the backward "
@@ -183,8 +187,8 @@ def setup(args: argparse.Namespace) -> torch.device:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Seeds dropout and stochastic depth for one step of this process, so that a run can be resumed after
-    any step without a saved random state. (Data order and augmentation have seeds of their own.)"""
+    """Seeds dropout and stochastic depth for one step of this process. So a run can be resumed after any
+    step without a saved random state. (Data order and augmentation have seeds of their own.)"""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank())).generate_state(1)[0]))
 
 
@@ -199,8 +203,8 @@ def broadcast_weights(model: nn.Module) -> None:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Adds up the gradients of all processes, in one message. Losses are divided by a number of the total
-    batch, so the sum is the gradient of the total batch, even if a process had no image."""
+    """Adds up the gradients of all processes, in one message. Losses are divided by a number of the
+    total batch, so the sum is the gradient of the total batch, even if a process had no image."""
     if world_size() == 1:
         return
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -212,7 +216,7 @@ def sum_gradients(model: nn.Module) -> None:
 
 
 def sum_over_processes(value: float | Tensor, device: torch.device) -> Tensor:
-    """The sum of a number or float tensor over all processes, on `device`. The CPU does not wait for it."""
+    """The sum of a number or float tensor over all processes, on `device`. The CPU does not wait."""
     total = torch.as_tensor(value, dtype=torch.float32).to(device, non_blocking=True, copy=True)
     if world_size() > 1:
         dist.all_reduce(total)
@@ -283,8 +287,8 @@ def training_loader(dataset: Dataset, sampler: BatchSampler, collate: Callable,
 
 
 def ignore_sigterm(_: int) -> None:
-    """For data loading processes. A cluster sends SIGTERM to all processes of a run; these must live until
-    the step has ended."""
+    """For data loading processes. A cluster sends SIGTERM to all processes of a run; these must live
+    until the step has ended."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -324,7 +328,7 @@ class RunningMean:
         self.count += 1
 
     def read(self) -> dict[str, float]:
-        """The means since the last call, added up over the processes, which have a share of each loss."""
+        """The means since the last call. Each process has a share of each loss; shares are added up."""
         sums = torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in self.sums.values()])
         if world_size() > 1:
             dist.all_reduce(sums)
@@ -349,8 +353,8 @@ def check_classes(train: Dataset, val: Dataset) -> None:
 # ------------------------------------------------------------------------------------------ checkpoints
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Writes to a temporary name and renames, so that a file of this name is always whole. Only the first
-    process writes."""
+    """Writes to a temporary name and renames, so that a file of this name is always whole. Only the
+    first process writes."""
     if rank():
         return
     temporary = path.with_suffix(".tmp")
@@ -493,9 +497,9 @@ class Run:
         self.terminated = True
 
     def resume(self, model: nn.Module, description: dict) -> dict:
-        """The counters to start from: epoch (finished ones), step, best, scores. If there is a checkpoint
-        to resume, loads its weights; its "optimizer" is in the result too. InputError if another run made
-        it."""
+        """Loads the checkpoint's weights, if there is one to resume. Returns the counters to start from:
+        epoch (finished ones), step, best, scores; from a checkpoint also its "optimizer". InputError if
+        another run made it."""
         if self.resumed:
             check_resumed(self.state, description, self.last)
             model.load_state_dict(self.state["model"])

@@ -6,10 +6,10 @@ tables.
     python evaluate.py runs/NAME/last.pt --images a.jpg b.png           boxes drawn on any pictures
     python evaluate.py runs/NAME/last.pt --images a.jpg --attention 3   where three detections looked
     python evaluate.py runs/NAME/last.pt --data coco --figure 6         as Figure 3: clean and corrupted
-    python evaluate.py fp-detr-lite.pth --data coco                     an authors' checkpoint is recognised
+    python evaluate.py fp-detr-lite.pth --data coco                     an authors' checkpoint
     python evaluate.py --predictions results.json --data coco           any detector's COCO result file
     python evaluate.py --model hf:facebook/detr-resnet-50 --data coco   a detector of transformers
-    python evaluate.py --table 2 runs/A runs/B                          finished runs in the paper's Table 2
+    python evaluate.py --table 2 runs/A runs/B                          runs in the paper's Table 2
 """
 import argparse
 import contextlib
@@ -71,14 +71,13 @@ def coco_metrics(ground_truth_json: str | Path | dict,
             truth.createIndex()
         unknown = {d["image_id"] for d in detections} - set(truth.getImgIds())
         if unknown:
-            raise InputError(f"detections are for another data set: image id {min(unknown)} is not in its "
-                             f"annotations")
+            raise InputError(f"detections are for another data set: image id {min(unknown)} is not in "
+                             f"its annotations")
         if detections:
             results = truth.loadRes([dict(d) for d in detections])
         else:
             results = COCO()
-            results.dataset = {"images": truth.dataset["images"], "categories": truth.dataset["categories"],
-                               "annotations": []}
+            results.dataset = {**truth.dataset, "annotations": []}
             results.createIndex()
         scores = COCOeval(truth, results, "bbox")
         scores.evaluate()
@@ -144,8 +143,8 @@ def result_dicts(found: dict[str, Tensor], image_id: int, category_ids: list[int
     COCO has 500,000 entries."""
     xywh = torch.cat([found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]], 1)
     rows = zip(found["scores"].tolist(), found["labels"].tolist(), xywh.tolist())
-    return [{"image_id": image_id, "category_id": category_ids[label], "bbox": [round(v, 2) for v in box],
-             "score": round(score, 6)} for score, label, box in rows]
+    return [{"image_id": image_id, "category_id": category_ids[label],
+             "bbox": [round(v, 2) for v in box], "score": round(score, 6)} for score, label, box in rows]
 
 
 @torch.no_grad()
@@ -159,7 +158,9 @@ def detect_image(model: torch.nn.Module, image: Image.Image, args: argparse.Name
 
 
 def resize_to_test(image: Image.Image, image_size: int) -> Image.Image:
-    resized, _, _ = Transform(image_size)(image, np.zeros((0, 4)), np.zeros(0, int), np.random.default_rng(0))
+    """The picture at the size of the evaluation."""
+    no_boxes, no_labels, rng = np.zeros((0, 4)), np.zeros(0, int), np.random.default_rng(0)
+    resized, _, _ = Transform(image_size)(image, no_boxes, no_labels, rng)
     return resized
 
 
@@ -201,14 +202,15 @@ def evaluate_corruptions(model: torch.nn.Module, dataset: DetectionSet, args: ar
 def start_corruptions(path: Path, args: argparse.Namespace, dataset: DetectionSet) -> dict:
     """The content of corruptions.json if it belongs to this evaluation, else a fresh one."""
     of = {"model": args.model or args.checkpoint, "data": dataset.name, "images": len(dataset),
-          "image_size": args.image_size, "seed": args.seed, "frost_dir": str(args.frost_dir or "generated")}
+          "image_size": args.image_size, "seed": args.seed,
+          "frost_dir": str(args.frost_dir or "generated")}
     if args.checkpoint:  # a checkpoint that was trained further is another one
         of["changed"] = Path(args.checkpoint).stat().st_mtime
     if path.exists():
         state = tables.read_json(path, "evaluate.py --corruptions")
         if state.get("of") != of:
-            raise InputError(f"{path} holds another evaluation, of {state.get('of')}: remove it, or name "
-                             f"another folder by --out")
+            raise InputError(f"{path} holds another evaluation, of {state.get('of')}: remove it, or "
+                             f"name another folder by --out")
         return state
     return {"of": of, "clean": None, "corruptions": {}}
 
@@ -235,8 +237,8 @@ def draw_files(model: torch.nn.Module, classes: list[str], args: argparse.Namesp
     looked."""
     images = {Path(p).stem: read_image(p) for p in args.images}  # all are read before any is written
     if len(images) < len(args.images):
-        raise InputError("two of the --images have the same name, and so would their pictures: draw them "
-                         "one by one")
+        raise InputError("two of the --images have the same name, and so would their pictures: draw "
+                         "them one by one")
     make_folder(args.out)
     for name, image in images.items():
         found = detect_image(model, image, args, device)
@@ -248,8 +250,8 @@ def draw_files(model: torch.nn.Module, classes: list[str], args: argparse.Namesp
 
 
 @torch.no_grad()
-def draw_attention(model: torch.nn.Module, image: Image.Image, classes: list[str], args: argparse.Namespace,
-                   device: torch.device, path: Path) -> None:
+def draw_attention(model: torch.nn.Module, image: Image.Image, classes: list[str],
+                   args: argparse.Namespace, device: torch.device, path: Path) -> None:
     """Draws where the `--attention` best detections looked, layer by layer (3.3: positions as visual
     prompts)."""
     config = model.encoder.config
@@ -302,10 +304,11 @@ def make_folder(path: Path) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
-    parser.add_argument("checkpoint", nargs="*", help="a checkpoint of finetune.py or of the authors; with "
-                                                      "--table: run folders")
+    parser.add_argument("checkpoint", nargs="*",
+                        help="a checkpoint of finetune.py or of the authors; with --table: run folders")
     parser.add_argument("--predictions", metavar="FILE", help="score this COCO result file instead")
-    parser.add_argument("--model", metavar="hf:NAME", help="a detector of the transformers package instead")
+    parser.add_argument("--model", metavar="hf:NAME",
+                        help="a detector of the transformers package instead")
     parser.add_argument("--data", help=f"{DETECTION_DATA} (default: the checkpoint's)")
     parser.add_argument("--split", choices=("val", "train"), default="val", help="images to evaluate on")
     parser.add_argument("--limit-val", type=engine.positive, help="evaluate on the first N images only")
@@ -315,10 +318,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for results and pictures (default: evaluation/ "
                                                  "beside the checkpoint or result file)")
     parser.add_argument("--corruptions", nargs="+", choices=("all", *corruptions.NAMES), metavar="NAME",
-                        help="COCO-C (Table 4): evaluate under these corruptions too, or under all; goes on "
-                             "where it was interrupted. Names: " + ", ".join(corruptions.NAMES))
-    parser.add_argument("--severities", nargs="+", type=int, choices=range(1, 6), default=[1, 2, 3, 4, 5],
-                        metavar="1-5", help="of the corruptions (default: all five)")
+                        help="COCO-C (Table 4): evaluate under these corruptions too, or under all; "
+                             "goes on where it was interrupted. Names: " + ", ".join(corruptions.NAMES))
+    parser.add_argument("--severities", nargs="+", type=int, choices=range(1, 6), metavar="1-5",
+                        default=[1, 2, 3, 4, 5], help="of the corruptions (default: all five)")
     parser.add_argument("--frost-dir", type=Path,
                         help="folder with frost1.png ... frost5.jpg of the package imagecorruptions "
                              "(default: generated frost)")
@@ -329,7 +332,7 @@ def parse() -> argparse.Namespace:
                         help="with --images: draw where the N best detections looked, layer by layer")
     parser.add_argument("--figure", type=engine.positive, metavar="N",
                         help="draw the first N images, clean and corrupted, with detections (Figure 3)")
-    parser.add_argument("--threshold", type=float, default=0.3, help="least score of a box that is drawn")
+    parser.add_argument("--threshold", type=float, default=0.3, help="least score of a drawn box")
     parser.add_argument("--table", type=int, choices=sorted(tables.PAPER),
                         help="print this table of the paper with finished runs below its rows")
     engine.add_device_flags(parser, parser)
@@ -339,7 +342,8 @@ def parse() -> argparse.Namespace:
         parser.error("give one checkpoint, or --predictions, or --model" if not sources else
                      f"only one of {', '.join(sources)} can be evaluated at a time")
     if args.model and not args.model.startswith("hf:"):
-        parser.error(f"--model {args.model}: the name must begin with hf:, as hf:facebook/detr-resnet-50")
+        parser.error(f"--model {args.model}: the name must begin with hf:, as in "
+                     f"hf:facebook/detr-resnet-50")
     if args.predictions and (args.images or args.figure or args.corruptions):
         parser.error("--images, --figure and --corruptions need a detector, not --predictions")
     if args.attention and (args.model or not args.images):
@@ -379,8 +383,8 @@ def check_classes(dataset: DetectionSet, classes: list[str], checkpoint: str) ->
         raise InputError(f"{checkpoint} was trained on {len(classes)} classes, {dataset.name} has "
                          f"{len(dataset.classes)}: evaluate it on the data it was trained for")
     if dataset.classes != classes:
-        print(f"note: class names differ: {checkpoint} has {', '.join(classes[:5])} ..., {dataset.name} has "
-              f"{', '.join(dataset.classes[:5])} ...")
+        print(f"note: class names differ: {checkpoint} has {', '.join(classes[:5])} ..., "
+              f"{dataset.name} has {', '.join(dataset.classes[:5])} ...")
 
 
 def read_results(path: str, dataset: DetectionSet) -> list[dict]:
@@ -395,12 +399,13 @@ def read_results(path: str, dataset: DetectionSet) -> list[dict]:
             good = (type(entry["image_id"]) is int and entry["image_id"] in images
                     and type(entry["category_id"]) is int and entry["category_id"] in categories
                     and type(entry["bbox"]) is list and len(entry["bbox"]) == 4
-                    and all(map(is_number, [*entry["bbox"], entry["score"]])) and min(entry["bbox"][2:]) >= 0)
+                    and all(map(is_number, [*entry["bbox"], entry["score"]]))
+                    and min(entry["bbox"][2:]) >= 0)
         except (KeyError, TypeError):
             good = False
         if not good:
-            raise InputError(f"results {path}: entry {i} is no detection on {dataset.name}, which needs an "
-                             f"image_id and a category_id of it, a bbox [x, y, w, h] and a score")
+            raise InputError(f"results {path}: entry {i} is no detection on {dataset.name}, which needs "
+                             f"an image_id and a category_id of it, a bbox [x, y, w, h] and a score")
     return results
 
 
@@ -415,11 +420,13 @@ def paper_row(checkpoint: dict, dataset: DetectionSet, limit: int | None) -> str
     return None
 
 
-def report(results: list[dict], dataset: DetectionSet, paper: str | None, args: argparse.Namespace) -> None:
+def report(results: list[dict], dataset: DetectionSet, paper: str | None,
+           args: argparse.Namespace) -> None:
     """Writes results.json, metrics.json and detections.png and prints the scores."""
     metrics = coco_metrics(dataset.ground_truth, results)
     (args.out / "results.json").write_text(json.dumps(results))
-    engine.write_json(args.out / "metrics.json", {"data": dataset.name, "images": len(dataset), **metrics})
+    measured = {"data": dataset.name, "images": len(dataset), **metrics}
+    engine.write_json(args.out / "metrics.json", measured)
     pictures.results_sheet(dataset, results).save(args.out / "detections.png")
     rows = [("this model", tuple(100 * v for v in metrics.values()))]
     if paper:

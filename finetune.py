@@ -3,8 +3,10 @@
     python finetune.py                                  the embedded data, minutes on a laptop
     python finetune.py --variant lite --data coco --pretrained X.pt         the paper's recipe
     torchrun --nproc_per_node=8 finetune.py --variant base --data coco --pretrained X.pt
- This page holds matching, losses, the recipe and the training loop. They follow Deformable DETR, as the
-paper says (4.1). Where the paper is silent, they follow the authors' released code. """
+
+This page holds matching, losses, the recipe and the training loop. They follow Deformable DETR, as the
+paper says (4.1). Where the paper is silent, they follow the authors' released code.
+"""
 import argparse
 import itertools
 import math
@@ -34,7 +36,8 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
     """Generalised IoU of cxcywh boxes, broadcasting (..., 4) against (..., 4).
 
     The released code computes it in pixels. IoU does not depend on the unit of an axis, so we compute
-    it in [0, 1] and need no image sizes. """
+    it in [0, 1] and need no image sizes.
+    """
     a, b = corners(a), corners(b)
     overlap_low = torch.maximum(a[..., :2], b[..., :2])
     overlap_high = torch.minimum(a[..., 2:], b[..., 2:])
@@ -161,8 +164,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr-drop", type=engine.positive, default=40,
                         help="epoch after which lr is x0.1 (4.1: 40 of 50); for --schedule step")
     parser.add_argument("--backbone-lr", type=engine.rate, default=0.1,
-                        help="factor on lr of the tokenizer's convolutions and norms (released code; from "
-                             "scratch: 1)")
+                        help="factor on lr of the tokenizer's convolutions and norms (released code; "
+                             "from scratch: 1)")
     parser.add_argument("--sampling-lr", type=engine.rate, default=0.1,
                         help="factor on lr of sampling offsets and reference points (Deformable DETR)")
     parser.add_argument("--weight-decay", type=engine.rate, default=1e-4,
@@ -214,7 +217,8 @@ def schedule_factor(schedule: str, step: int, steps_per_epoch: int, epochs: int,
     """The factor on every learning rate at `step`, counted from 0 over the whole run.
 
     "step": x0.1 from epoch `lr_drop` on (4.1). "one-cycle": linear from 1/25 to 1 in the first tenth of
-    the steps, then a cosine to 0. """
+    the steps, then a cosine to 0.
+    """
     if schedule == "step":
         return 0.1 if step // steps_per_epoch >= lr_drop else 1.0
     progress = (step + 1) / (steps_per_epoch * epochs)

@@ -1,15 +1,19 @@
 """FP-DETR: a deformable transformer encoder, and a few extra tokens that ask it a question (Wang et
 al., ICLR 2022, Sections 3 and 4.1). Also its variants: the task adaptors of Table 3 and the
 encoder-decoder of Table 7.
- With one extra token, the class token, the answer is an image class (`Classifier`, pre-training, 3.2).
+
+With one extra token, the class token, the answer is an image class (`Classifier`, pre-training, 3.2).
 With 300 of them, the object queries, it is a set of boxes (`Detector`, fine-tuning, 3.3). Both use the
 same code, and the encoder's state dict passes from one to the other with strict=True.
- We follow the paper. Where it is silent, we follow the authors' released code. Two exceptions are
+
+We follow the paper. Where it is silent, we follow the authors' released code. Two exceptions are
 marked: where positions are added (EncoderLayer) and the place of the adaptor (TaskAdaptor).
 extras/released.py turns a model of this file into the released layout. Everything on this page is the
 paper; there is no boilerplate.
- Shapes: B images, N image tokens, E extra tokens (Q for queries, the paper's N_q), D channels, K
-classes; in attention M heads of C channels, L levels, P points. """
+
+Shapes: B images, N image tokens, E extra tokens (Q for queries, the paper's N_q), D channels, K
+classes; in attention M heads of C channels, L levels, P points.
+"""
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,23 +41,24 @@ class Config:
     dropout: float = 0.0      # 0.1 in the released fine-tuning; not in the paper
     drop_path: float = 0.0    # stochastic depth of the last layer, in pre-training
     adaptor: str = "self-attention"  # of a detector (Eq. 5); or "bilstm" or "none" (Table 3)
-    adaptor_per_layer: bool = False  # one adaptor per layer with queries instead of a shared one (Table 3)
+    adaptor_per_layer: bool = False  # one adaptor per layer with queries, not one for all (Table 3)
     structure: str = "encoder-only"  # or "encoder-decoder": decoder layers from entry_layer on (A.2)
     class_tokens: int = 1     # of a classifier; 300 in the better FP-EncDec (A.2)
 
     def __post_init__(self):
         decoder = self.structure == "encoder-decoder"
         if self.dim % self.heads or self.dim % 4:
-            raise ValueError(f"dim {self.dim} must be divisible by 4 (positions) and by {self.heads} heads")
+            raise ValueError(f"dim {self.dim} must be divisible by 4 (positions) and {self.heads} heads")
         if not decoder and self.structure != "encoder-only":
-            raise ValueError(f"unknown structure {self.structure!r}: choose encoder-only or encoder-decoder")
+            raise ValueError(f"unknown structure {self.structure!r}: choose encoder-only or "
+                             f"encoder-decoder")
         if not 1 + decoder <= self.entry_layer <= self.layers:
-            raise ValueError(f"entry layer {self.entry_layer} is impossible in an {self.structure}: choose "
-                             f"one of {1 + decoder} to {self.layers}")
+            raise ValueError(f"entry layer {self.entry_layer} is impossible in an {self.structure}: "
+                             f"choose one of {1 + decoder} to {self.layers}")
         if self.queries < 1:
             raise ValueError(f"{self.queries} queries cannot detect anything: choose 1 or more")
         if self.class_tokens < 1:
-            raise ValueError(f"{self.class_tokens} class tokens cannot classify anything: choose 1 or more")
+            raise ValueError(f"{self.class_tokens} class tokens cannot classify: choose 1 or more")
         if self.adaptor not in ("self-attention", "bilstm", "none"):
             raise ValueError(f"unknown adaptor {self.adaptor!r}: choose self-attention, bilstm or none")
         if decoder and self.adaptor != "none":
@@ -182,7 +187,8 @@ class TaskAdaptor(nn.Module):
     Paper: before every layer (Eq. 5). Ours and the released code: before layers 7 to 12, as there are
     no queries earlier. It updates the content; positions stay. Paper: no norm is mentioned. Released
     code: one LayerNorm per layer, which runs over the image tokens too (extras/released.py). Ours: one
-    LayerNorm on the queries, shared like the attention. """
+    LayerNorm on the queries, shared like the attention.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -197,11 +203,12 @@ class TaskAdaptor(nn.Module):
         else:
             self.attention = nn.MultiheadAttention(config.dim, config.heads, dropout=config.dropout,
                                                    batch_first=True)
-            nn.init.xavier_uniform_(self.attention.out_proj.weight)  # in_proj is xavier-uniform by default
+            nn.init.xavier_uniform_(self.attention.out_proj.weight)  # in_proj is so by default
         self.dropout = nn.Dropout(config.dropout)
         self.norm = nn.LayerNorm(config.dim)
 
-    def forward(self, extra: Tensor, positions: Tensor, memory: Tensor, index: int) -> tuple[Tensor, Tensor]:
+    def forward(self, extra: Tensor, positions: Tensor, memory: Tensor,
+                index: int) -> tuple[Tensor, Tensor]:
         """
         Args:
             extra, positions: (B, E, D). memory: the image tokens (B, N, D).
@@ -226,7 +233,8 @@ class TaskAdaptor(nn.Module):
 class AdaptorPerLayer(nn.ModuleList):
     """One adaptor for each layer with queries (Table 3, not shared)."""
 
-    def forward(self, extra: Tensor, positions: Tensor, memory: Tensor, index: int) -> tuple[Tensor, Tensor]:
+    def forward(self, extra: Tensor, positions: Tensor, memory: Tensor,
+                index: int) -> tuple[Tensor, Tensor]:
         """As TaskAdaptor.forward."""
         return self[index](extra, positions, memory, 0)  # each adaptor serves one layer, its first
 
@@ -339,7 +347,8 @@ class Encoder(nn.Module):
         valid = [torch.ones(x.shape[:3], dtype=torch.bool, device=x.device) for x in levels]
         if padding_mask is not None:
             # A token is valid if its top left pixel is ("nearest", as in Deformable DETR).
-            valid = [~F.interpolate(padding_mask[:, None].float(), v.shape[1:])[:, 0].bool() for v in valid]
+            pixels = padding_mask[:, None].float()  # (B, 1, H, W)
+            valid = [~F.interpolate(pixels, v.shape[1:])[:, 0].bool() for v in valid]
         dtype = self.level_embed.dtype
         shapes = [tuple(v.shape[1:]) for v in valid]
         # valid columns and rows per level, (B, 2) each
@@ -351,7 +360,7 @@ class Encoder(nn.Module):
             positions.append((sine_positions(v, self.config.dim, dtype) + embed).flatten(1, 2))
             rows, columns = (torch.arange(s, device=v.device, dtype=dtype) + 0.5 for s in v.shape[1:])
             y, x = torch.meshgrid(rows, columns, indexing="ij")
-            centres.append(torch.stack([x, y], -1).flatten(0, 1) / n[:, None])  # (B, h w, 2), in the image
+            centres.append(torch.stack([x, y], -1).flatten(0, 1) / n[:, None])  # (B, h w, 2)
         references = torch.cat(centres, 1)[:, :, None] * valid_ratios[:, None]  # (B, N, 4, 2)
         padding = None if padding_mask is None else torch.cat([~v.flatten(1) for v in valid], 1)
         content = torch.cat([x.flatten(1, 2) for x in levels], 1)
@@ -385,8 +394,9 @@ class Encoder(nn.Module):
             states.append(extra)
         return states, memory
 
-    def with_extra_tokens(self, layer: EncoderLayer, extra: Tensor, positions: Tensor, references: Tensor,
-                          memory: Tensor, image: ImageTokens) -> tuple[Tensor, Tensor]:
+    def with_extra_tokens(self, layer: EncoderLayer, extra: Tensor, positions: Tensor,
+                          references: Tensor, memory: Tensor,
+                          image: ImageTokens) -> tuple[Tensor, Tensor]:
         """One layer with extra tokens: updates them (B, E, D) and the image tokens (B, N, D)."""
         if isinstance(layer, DecoderLayer) or layer is self.layers[-1]:
             # The last layer updates the extra tokens only: nothing reads its image tokens.
@@ -452,8 +462,10 @@ class Detector(nn.Module):
         self.adaptor = build_adaptor(config)
         self.class_head = nn.Linear(config.dim, num_classes)
         nn.init.constant_(self.class_head.bias, -math.log(99))  # every class starts at 1 %, as RetinaNet
-        self.box_head = nn.Sequential(nn.Linear(config.dim, config.dim), nn.ReLU(),
-                                      nn.Linear(config.dim, config.dim), nn.ReLU(), nn.Linear(config.dim, 4))
+        self.box_head = nn.Sequential(
+            nn.Linear(config.dim, config.dim), nn.ReLU(),
+            nn.Linear(config.dim, config.dim), nn.ReLU(),
+            nn.Linear(config.dim, 4))
         # Boxes start at their reference point, 12 % of the image wide.
         nn.init.zeros_(self.box_head[-1].weight)
         with torch.no_grad():

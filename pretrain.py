@@ -4,11 +4,14 @@
     python pretrain.py --data path/to/folder        any folder with a folder of images per class
     torchrun --nproc_per_node=8 pretrain.py --variant lite --data imagenet    the paper's recipe (DeiT)
     torchrun --nproc_per_node=8 pretrain.py --data imagenet21k --tree T.json --init X.pt      A.3
- `finetune.py --pretrained` takes the encoder from the last.pt of a run. The authors released no
+
+`finetune.py --pretrained` takes the encoder from the last.pt of a run. The authors released no
 training code of this stage. It follows the paper, DeiT (Touvron et al. 2021) and, for ImageNet-21k-P,
 Ridnik et al. 2021.
- This page holds the semantic softmax, the recipe, repeated augmentation and the training loop. Mixup,
-CutMix, RandAugment and Cutout are in extras/augment.py. """
+
+This page holds the semantic softmax, the recipe, repeated augmentation and the training loop. Mixup,
+CutMix, RandAugment and Cutout are in extras/augment.py.
+"""
 import argparse
 import json
 import math
@@ -64,8 +67,8 @@ def load_tree(path: str | Path) -> Tree:
     except FileNotFoundError:
         raise InputError(f"tree {path} is missing: python -m extras.imagenet21k_tree makes it") from None
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
-        raise InputError(f"tree {path} is not {{\"class_tree_list\": [[class, parent, ..., root], ...]}}: "
-                         f"{type(e).__name__} {e}") from None
+        form = '{"class_tree_list": [[class, parent, ..., root], ...]}'
+        raise InputError(f"tree {path} is not {form}: {type(e).__name__} {e}") from None
     columns = [[c for c, level in enumerate(levels) if level == k] for k in range(max(levels) + 1)]
     column_of = {c: i for classes in columns for i, c in enumerate(classes)}
     kept = [k for k, classes in enumerate(columns) if len(classes) > 1]
@@ -119,16 +122,16 @@ def semantic_accuracy(logits: Tensor, target: Tensor, tree: Tree) -> tuple[Tenso
 RECIPE_21K = dict(variant="base", epochs=80, batch_size=4096, lr=3e-4, weight_decay=1e-4, augment="21k",
                   schedule="one-cycle", repeats=1, mixup=0.0, cutmix=0.0, smoothing=0.2, drop_path=0.0)
 # Ours, for the embedded data.
-SHAPES_RECIPE = dict(epochs=4, batch_size=32, micro_batch=32, lr=1e-3, schedule="one-cycle", image_size=64,
-                     augment="flip", repeats=1, mixup=0.0, cutmix=0.0, drop_path=0.0, workers=0,
-                     eval_every=1)
+SHAPES_RECIPE = dict(epochs=4, batch_size=32, micro_batch=32, lr=1e-3, schedule="one-cycle",
+                     image_size=64, augment="flip", repeats=1, mixup=0.0, cutmix=0.0, drop_path=0.0,
+                     workers=0, eval_every=1)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=engine.Help,
-        epilog=f"The defaults are the paper's for ImageNet-1k, or DeiT's. With --data imagenet21k they are "
-        f"instead: {engine.as_flags(RECIPE_21K)}. With --data shapes or shapes-hard: "
+        epilog=f"The defaults are the paper's for ImageNet-1k, or DeiT's. With --data imagenet21k they "
+        f"are instead: {engine.as_flags(RECIPE_21K)}. With --data shapes or shapes-hard: "
         f"{engine.as_flags(SHAPES_RECIPE)}")
     parser.add_argument("--data", default="shapes", help=CLASSIFICATION_DATA)
     parser.add_argument("--init",
@@ -151,12 +154,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--augment", choices=("deit", "21k", "flip", "none"), default="deit",
                         help="deit: crop, flip, RandAugment, random erasing; 21k: Cutout, RandAugment")
     parser.add_argument("--repeats", type=engine.positive, default=3,
-                        help="copies of an image in a row, each augmented anew; an epoch shows 1/N of all")
+                        help="copies of an image in a row, each augmented anew; an epoch shows 1/N of "
+                             "all images")
     parser.add_argument("--mixup", type=engine.rate, default=0.8, help="alpha of mixup; 0 for none")
     parser.add_argument("--cutmix", type=engine.rate, default=1.0, help="alpha of CutMix; 0 for none")
     parser.add_argument("--smoothing", type=engine.fraction, default=0.1, help="label smoothing")
     parser.add_argument("--drop-path", type=engine.fraction, default=0.1,
-                        help="stochastic depth: probability in the last layer; it grows from 0 in the first")
+                        help="stochastic depth: probability in the last layer, growing from 0 in the "
+                             "first")
     parser.add_argument("--tree", type=Path, help="train with the semantic softmax over this tree (A.3)")
     parser.add_argument("--class-tokens", type=engine.positive, default=1,
                         help="pooled into one before the classifier (A.2, Table 7: 300 for FP-EncDec)")
@@ -194,7 +199,8 @@ def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int) -> 
 
     cosine (DeiT): constant within an epoch t. Linear in t during the warm-up, then end + (lr - end)(1 +
     cos(pi t / epochs)) / 2. one-cycle (Smith 2018; torch's OneCycleLR, as in Ridnik et al.): from lr /
-    20 up by a cosine in the first tenth of the steps, then down by a cosine to lr / 200,000. """
+    20 up by a cosine in the first tenth of the steps, then down by a cosine to lr / 200,000.
+    """
     def cosine(start: float, end: float, progress: float) -> float:
         return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
     if args.schedule == "cosine":
@@ -215,7 +221,8 @@ class RepeatedSampler(engine.BatchSampler):
     unless it is the only one.
 
     A copy of image i has the index i + copy * length. A process gets positions p and B - 1 - p of a
-    batch of B together, because these two are mixed. """
+    batch of B together, because these two are mixed.
+    """
 
     def __init__(self, length: int, batch_size: int, seed: int, repeats: int):
         super().__init__(length, batch_size, seed)

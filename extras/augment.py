@@ -1,9 +1,11 @@
 """The augmentations of image classification: the strategies of DeiT (Touvron et al. 2021; the paper,
 4.1) and Cutout (ImageNet-21k-P, A.3).
- Functions of one picture take a PIL image or its tensor and a numpy generator, which is seeded by the
+
+Functions of one picture take a PIL image or its tensor and a numpy generator, which is seeded by the
 picture's number. Mixup and CutMix take a batch. data.classification_transform puts the functions of one
 picture in order. Numbers follow the public recipe rand-m9-mstd0.5-inc1, mixup 0.8, CutMix 1.0, random
-erasing 0.25 (pixel), label smoothing 0.1. """
+erasing 0.25 (pixel), label smoothing 0.1.
+"""
 import math
 from collections.abc import Callable
 

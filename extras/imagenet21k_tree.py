@@ -1,8 +1,10 @@
 """Builds the class tree of ImageNet-21k-P, which `pretrain.py --tree` reads, from WordNet (A.3).
 
     python -m extras.imagenet21k_tree TREE.json --is-a is_a.txt --classes synsets.txt
- is_a.txt has a line "parent child" for each relation of WordNet. synsets.txt has a class, a WordNet id,
-per line. """
+
+is_a.txt has a line "parent child" for each relation of WordNet. synsets.txt has a class, a WordNet id,
+per line.
+"""
 import argparse
 import json
 from pathlib import Path

@@ -125,7 +125,7 @@ class WatchSampling:
 
     def __enter__(self):
         modules = [m for m in self.model.modules() if isinstance(m, MSDeformAttn)]
-        holding = modules[self.model.encoder.config.entry_layer - 1:]  # their first tokens are the extra ones
+        holding = modules[self.model.encoder.config.entry_layer - 1:]  # extra tokens come first in them
         self.hooks = [m.register_forward_pre_hook(self.record) for m in holding]
         return self
 

@@ -8,8 +8,10 @@ Paper and released code differ in two modules (docs/differences.md lists the oth
                 has four convolutions and linear layers.)
     adaptor     the norm after it is one per layer, over *all* tokens, image tokens too. (Eq. 5 has no norm;
                 ours is one, shared, over the queries.)
- `read_checkpoint` reads any checkpoint: ours, or one of the authors' of either stage (mmdet files),
-converted to our format. `load_released` makes a detector of one of theirs. """
+
+`read_checkpoint` reads any checkpoint: ours, or one of the authors' of either stage (mmdet files),
+converted to our format. `load_released` makes a detector of one of theirs.
+"""
 import re
 from dataclasses import asdict
 from os import PathLike

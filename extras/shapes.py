@@ -1,8 +1,10 @@
 """The embedded data: pictures of eight kinds of shapes on a mottled ground, generated from a seed.
- Detection has up to three objects in a picture, classification one large object. Both use the same
+
+Detection has up to three objects in a picture, classification one large object. Both use the same
 shapes, so that pre-training can help detection, in minutes and without a download. In `shapes` the
 eight kinds share four colours, in `shapes-hard` two: colour finds an object, but only its shape gives
-the class. With fewer colours recognition is harder and pre-training helps more. """
+the class. With fewer colours recognition is harder and pre-training helps more.
+"""
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -69,7 +71,8 @@ def shape_scene(rng: np.random.Generator, pixels: int = SHAPE_PIXELS, objects: i
 
     There are `objects` objects, by default up to three, which may hide each other. objects=1 gives a
     larger one, as in ImageNet's pictures. The kinds share `colours` colours. A box is tight around the
-    visible part; an object that is hidden by more than half is not annotated. """
+    visible part; an object that is hidden by more than half is not annotated.
+    """
     canvas, owner, names = background(rng, pixels), np.full((pixels, pixels), -1), list(SHAPES)
     count, labels, sizes = objects or int(rng.choice(4, p=[0.04, 0.4, 0.34, 0.22])), [], []
     radii = np.log((0.3, 0.48) if objects == 1 else (0.2, 0.42))  # of the picture

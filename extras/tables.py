@@ -1,9 +1,11 @@
 """The paper's tables: its numbers, and finished runs of ours below them, as Markdown.
 
     python evaluate.py --table 2 runs/finetune-lite-coco runs/finetune-small-coco
- Figures are in percent, as in the paper. "-" stands where there is none or the print cannot be read.
+
+Figures are in percent, as in the paper. "-" stands where there is none or the print cannot be read.
 The rows of our runs are read from their files: metrics.json, evaluation/metrics.json,
-evaluation/corruptions.json. """
+evaluation/corruptions.json.
+"""
 import json
 import statistics
 from pathlib import Path

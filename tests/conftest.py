@@ -1,6 +1,8 @@
-"""What several test files need: the folder of reference data, which a user does not have, and small
-helpers."""
+"""Helpers of several test files: the folder of reference data, which a user does not have, and programs run
+as a user runs them."""
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +12,35 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED = Path(os.environ.get("FPDETR_REFERENCE_DATA", ROOT.parent / "shared"))
+
+
+# Results on a GPU differ in the last bits, so programs are tested on the CPU.
+CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(folder, *command, code=0):
+    """Runs a program of the project in a folder: run(tmp_path, "finetune.py", "--epochs", 1)."""
+    done = subprocess.run([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], cwd=folder,
+                          text=True, capture_output=True, env=CPU, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def refused(folder, *command, says):
+    """Exit code 2 and one line that holds `says`. Nothing is written."""
+    before = sorted(folder.rglob("*"))
+    done = run(folder, *command, code=2)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and says in lines[0], done.stderr
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.fixture(autouse=True)
+def default_sigterm():
+    """A run's main(), called inside a test, takes SIGTERM over."""
+    yield
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 MUTATIONS = [  # the mistake, its file, the right text, the wrong text, the test files that may catch it
-    ("x and y exchanged in positions", "model.py", "valid.cumsum(axis", "valid.cumsum(3 - axis", "model"),
+    ("x and y exchanged in positions", "model.py",
+     "valid.cumsum(axis", "valid.cumsum(3 - axis", "model"),
     ("norm before the residual", "model.py",
      "self.norm1(tokens + self.drop_path(self.dropout(attended)))",
      "tokens + self.drop_path(self.dropout(self.norm1(attended)))", "model"),
@@ -41,7 +42,7 @@ MUTATIONS = [  # the mistake, its file, the right text, the wrong text, the test
      "to_real(offset[0]) - real(0.5)", "to_real(offset[0])", "deform_attn_kernel"),
     ("the right border counts as outside", "deform_attn_kernel.cu",
      "right = x0 >= -1 && x0 < W - 1", "right = x0 >= -1 && x0 < W - 2", "deform_attn_kernel"),
-    ("GIoU lowers the cost of boxes far away", "finetune.py",
+    ("overlap raises the cost of a match", "finetune.py",
      "giou_cost = -giou(", "giou_cost = giou(", "finetune"),
     ("focal loss: alpha at the negatives", "finetune.py",
      "FOCAL_ALPHA * (1 - p) ** 2, (1 - FOCAL_ALPHA) * p ** 2)",
@@ -57,6 +58,14 @@ MUTATIONS = [  # the mistake, its file, the right text, the wrong text, the test
      "step // steps_per_epoch >= lr_drop", "step // steps_per_epoch > lr_drop", "finetune"),
     ("all parts learn at the same rate", "finetune.py",
      "if part in name)", "if part == name)", "finetune"),
+    ("the gradient is not clipped", "finetune.py", "args.clip or math.inf", "math.inf", "finetune"),
+    ("the loop ignores the schedule", "finetune.py",
+     "group[\"initial_lr\"] * factor", "group[\"initial_lr\"]", "finetune"),
+    ("the loop augments every epoch alike", "finetune.py",
+     "sampler.epoch = train.epoch = epoch", "sampler.epoch = epoch", "finetune"),
+    ("no flip", "data.py", "rng.random() < 0.5:\n            sample = flip",
+     "rng.random() < 0:\n            sample = flip", "data"),
+    ("evaluation with stochastic depth", "pretrain.py", "    model.eval()\n", "", "pretrain"),
     ("warm-up an epoch early", "pretrain.py",
      "* epoch / args.warmup_epochs", "* (epoch + 1) / args.warmup_epochs", "pretrain"),
     ("one-cycle ends too high", "pretrain.py", "args.lr / 20 / 1e4", "args.lr / 20", "pretrain"),

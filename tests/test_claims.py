@@ -87,6 +87,6 @@ def test_every_claim_can_be_built_and_shares_its_runs():
     ([0.30, 0.34, 0.29], [0.30, 0.30, 0.30], "+1.0 ± 2.6 (p = 0.290): not distinguishable"),
     ([0.3], [0.2], "+10.0 ± 0.0: not distinguishable")])
 def test_verdicts_by_hand(better, worse, says):
-    """t = mean / (deviation / sqrt 3). With 2 degrees of freedom P(t > 3.464) = 0.037 and P(t > 0.655) =
-    0.290."""
+    """t = mean / (deviation / sqrt 3) with 2 degrees of freedom. P(t > 3.464) = 0.037,
+    P(t > 0.655) = 0.290."""
     assert says in claims.verdict(better, worse)

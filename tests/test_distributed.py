@@ -1,5 +1,4 @@
-"""The total batch decides, not how it is split: into micro-batches, and over processes, which torchrun
-starts here. And what becomes of a run when one of its processes dies."""
+"""Two processes, started by torchrun, train and evaluate as one. If a process dies, the run ends."""
 import json
 import os
 import re
@@ -8,31 +7,14 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from torch.utils.data import default_collate
 
-import finetune
-import pretrain
-from augment import ClassificationTransform, mix, smooth_targets
-from data import classification_set, detection_set, micro_batches, pad_batch
+from data import detection_set
 from engine import BatchSampler
-from inference import coco_metrics
-from model import VARIANTS, Classifier, Detector
-from semantic import load_tree, semantic_softmax_loss
-
-# So few ReLUs that none is within rounding of zero, where its derivative would depend on the batch's size.
-SMALL = replace(VARIANTS["tiny"], dim=16, mlp_dim=16, tokenizer_dim=16, layers=2, entry_layer=2, queries=10)
-
-
-# ------------------------------------------------------------------------------------------- micro-batches
-
-def gradients(model) -> dict:
-    return {k: p.grad.clone() for k, p in model.named_parameters()}
+from evaluate import coco_metrics
 
 
 def assert_close(ours: dict, theirs: dict) -> None:
@@ -40,48 +22,6 @@ def assert_close(ours: dict, theirs: dict) -> None:
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6, msg=lambda m: f"{name}: {m}")
 
-
-def test_micro_batches_fine_tune_as_one_pass_over_the_batch():
-    """Four pictures of two sizes, so that each split pads them differently; one is without objects."""
-    torch.manual_seed(0)
-    model, dataset = Detector(SMALL, 8).train(), detection_set("shapes", "train", limit=4, image_size=64)
-    for record in dataset.records[1:3]:
-        record.source, record.size = record.source.resize((64, 96)), (64, 96)
-        record.boxes = record.boxes * (1, 1.5, 1, 1.5)
-    dataset.records[3].boxes, dataset.records[3].labels = np.zeros((0, 4)), np.zeros(0, int)
-    samples = [dataset[i] for i in range(4)]
-    images, mask, targets = pad_batch(samples)
-    sum(finetune.detection_loss(model(images, mask), targets).values()).backward()
-    whole, optimizer = gradients(model), torch.optim.SGD(model.parameters(), lr=0)
-    for size in (1, 2, 4):
-        finetune.train_step(model, optimizer, micro_batches(samples, size),
-                            Namespace(clip=1e9, amp="off", micro_batch=size), torch.device("cpu"))
-        assert_close(gradients(model), whole)
-
-
-@pytest.mark.parametrize("with_tree", [False, True])
-def test_micro_batches_pretrain_as_one_pass_over_the_batch(with_tree, tmp_path):
-    torch.manual_seed(0)
-    model = Classifier(replace(SMALL, adaptor="none"), 8).train()
-    dataset = classification_set("shapes", "train", ClassificationTransform(64), limit=4)
-    images, labels = default_collate([dataset[i] for i in range(4)])
-    tree, args = None, Namespace(smoothing=0.1, mixup=0.8, cutmix=1.0, amp="off")
-    if with_tree:  # of one root and seven classes below it
-        (tmp_path / "t").write_text(json.dumps({"class_tree_list": [[0], *([i, 0] for i in range(1, 8))]}))
-        tree = load_tree(tmp_path / "t")
-        loss = semantic_softmax_loss(model(images), labels, tree, 0.1)
-    else:
-        mixed = mix(images.clone(), smooth_targets(labels, 8, 0.1), np.random.default_rng(5), 0.8, 1.0)
-        loss = torch.nn.functional.cross_entropy(model(mixed[0]), mixed[1])
-    loss.backward()
-    whole, optimizer = gradients(model), torch.optim.SGD(model.parameters(), lr=0)
-    for args.micro_batch in (1, 2, 4):
-        rng = np.random.default_rng(5)
-        pretrain.train_step(model, optimizer, images.clone(), labels, 8, rng, tree, args)
-        assert_close(gradients(model), whole)
-
-
-# --------------------------------------------------------------------------------------------- processes
 
 def launch(folder, processes: int, jobs: list) -> tuple[str, int]:
     """-> stderr and exit code. Fails after 5 minutes; `terminate` lets torchrun end its processes."""
@@ -112,6 +52,14 @@ def write_data(folder) -> None:
         (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
 
+def write_classes(folder) -> None:
+    """7 pictures, each of a class of its own, for training and for validation, so that each counts."""
+    for i, record in enumerate(detection_set("shapes", "train", limit=7).records):
+        (folder / "train" / f"class{i}").mkdir(parents=True)
+        record.source.save(folder / "train" / f"class{i}" / "a.png")
+    (folder / "val").symlink_to("train")
+
+
 def write_found_data(folder, results: list[dict]) -> None:
     """The same pictures for validation, but the second and the tenth detection in each are its objects: a
     model that has hardly trained finds no others, and AP would be 0 whatever is counted."""
@@ -132,13 +80,14 @@ def runs(request, tmp_path_factory):
         pytest.skip("needs 2 GPUs")
     folder = tmp_path_factory.mktemp("runs")
     write_data(folder / "data")
+    write_classes(folder / "classes")
     same = ["--device", request.param, "--amp", "off", "--workers", "0"]
     # One image at a time: the numbers that are then added up are the same to the last bit.
     train = [*same, "--micro-batch", "1", "--epochs", "10", "--eval-every", "10"]
     finetuning = [*train, *"--data data --image-size 64 --augment flip --dropout 0 --batch-size 4".split()]
-    # Evaluated where it is trained, so that every image counts: its class is among the best five.
-    pretraining = [*train, *"--limit-train 7 --limit-val 7 --split train --batch-size 3".split(),
-                   "--mixup", "0.8", "--cutmix", "1"]
+    pretraining = [*train, *"--data classes --image-size 64 --augment flip --repeats 1".split(),
+                   *"--schedule one-cycle --lr 2e-4 --batch-size 3 --drop-path 0".split(),
+                   *"--mixup 0.8 --cutmix 1".split()]
 
     def jobs(name: str, data: str) -> list:
         return [("finetune", [*finetuning, "--out", f"{name}-finetune"], {"notes": f"{name}-finetune"}),
@@ -173,10 +122,11 @@ def test_two_processes_train_as_one(runs, stage, shares):
     assert len(one["losses"]) == 20
     for process in two:
         assert_close(process["gradient"], one["gradient"])
-        assert process["losses"] == pytest.approx(one["losses"], rel=0, abs=1e-4)
+        # AdamW divides small gradients by their own size, so rounding grows over the 20 steps.
+        assert process["losses"] == pytest.approx(one["losses"], rel=0, abs=1e-3)
         assert all(torch.equal(w, two[0]["weights"][k]) for k, w in process["weights"].items())
     for a, b in zip(*(read_log(runs.folder / f"{name}-{stage}") for name in ("one", "two")), strict=True):
-        assert b == pytest.approx(a, rel=0, abs=1e-4)
+        assert b == pytest.approx(a, rel=0, abs=1e-3)
 
 
 def test_two_processes_evaluate_every_image_once(runs):

@@ -1,5 +1,5 @@
-"""The four changes of the README's section on forking, made without touching a file of the project: each
-trains, leaves a checkpoint that goes on, and does what it says."""
+"""The four forks of the README, which edit no file of the project. Each trains, leaves a checkpoint that can
+be resumed, and changes the part that it names."""
 import runpy
 import sys
 from xml.etree import ElementTree
@@ -7,16 +7,15 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-import checkpoints
 import engine
 import evaluate
 import finetune
 from conftest import ROOT
 from data import detection_set
-from fork_adaptor import MaxDetector
-from fork_dataset import voc
-from fork_refinement import RefiningDetector
-from fork_tokenizer import convolutional
+from forks.adaptor import MaxDetector
+from forks.dataset import voc
+from forks.refinement import RefiningDetector
+from forks.tokenizer import convolutional
 from model import VARIANTS, Classifier, Config
 
 SHORT = ["--data", "shapes", "--limit-train", "4", "--limit-val", "2", "--epochs", "1", "--batch-size", "2",
@@ -25,22 +24,22 @@ SHORT = ["--data", "shapes", "--limit-train", "4", "--limit-val", "2", "--epochs
 
 @pytest.fixture
 def fork(monkeypatch):
-    """fork(name, arguments ...): what `python fork_NAME.py arguments ...` does, in this process."""
+    """fork(name, arguments ...) does `python tests/forks/NAME.py arguments ...` in this process."""
     def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"fork_{name}.py", *map(str, arguments)])
-        runpy.run_path(str(ROOT / "tests" / f"fork_{name}.py"), run_name="__main__")
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        runpy.run_path(str(ROOT / "tests" / "forks" / f"{name}.py"), run_name="__main__")
     return run
 
 
 def test_each_is_shorter_than_30_lines():
-    for path in ROOT.glob("tests/fork_*.py"):
+    for path in ROOT.glob("tests/forks/*.py"):
         assert len(path.read_text().splitlines()) < 30
 
 
 @pytest.mark.parametrize("name, kind", [("adaptor", MaxDetector), ("refinement", RefiningDetector)])
 def test_a_detector_of_ones_own_trains_and_is_loaded_again(fork, name, kind, tmp_path, capfd):
     fork(name, *SHORT, "--out", tmp_path)
-    model, _ = checkpoints.load_detector(tmp_path / "last.pt", kind)
+    model, _ = evaluate.load_detector(tmp_path / "last.pt", kind)
     assert type(model) is kind
     fork(name, *SHORT, "--out", tmp_path, "--resume", "--epochs", 2)
     assert "epoch 2" in "".join(capfd.readouterr())
@@ -125,4 +124,4 @@ def test_a_forks_checkpoint_is_not_taken_for_ours(fork, tmp_path, capfd, monkeyp
         monkeypatch.setattr(sys, "argv", ["script", *flags])
         with pytest.raises(SystemExit) as stop:
             engine.run_script(script.main)
-        assert stop.value.code == 2 and "holds a RefiningDetector, not a Detector" in capfd.readouterr().err
+        assert stop.value.code == 2 and "RefiningDetector" in capfd.readouterr().err

@@ -1,6 +1,6 @@
 """A fork with a new task adaptor: every query learns of the others by the maximum over all (as in PointNet).
 
-    python fork_adaptor.py --data shapes-hard     (any flag of finetune.py)
+    PYTHONPATH=. python tests/forks/adaptor.py --data shapes-hard     (any flag of finetune.py)
 """
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""A fork that reads Pascal VOC: python fork_dataset.py --data path/to/VOC2012 (any flag of finetune.py)"""
+"""A fork that reads Pascal VOC: PYTHONPATH=. python tests/forks/dataset.py --data path/to/VOC2012"""
 from pathlib import Path
 from xml.etree import ElementTree
 

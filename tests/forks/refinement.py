@@ -1,7 +1,7 @@
 """A fork with iterative box refinement (Deformable DETR, A.4): each layer's boxes are relative to those of
 the layer before, whose centres are also where its queries look.
 
-    python fork_refinement.py --data shapes-hard     (any flag of finetune.py)
+    PYTHONPATH=. python tests/forks/refinement.py --data shapes-hard     (any flag of finetune.py)
 """
 from dataclasses import replace
 

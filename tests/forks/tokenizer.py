@@ -1,7 +1,7 @@
 """A fork with another tokenizer: overlapping 3x3 convolutions instead of patches (Xiao et al. 2021).
 
-    python fork_tokenizer.py pretrain --data shapes-hard     (any flag of pretrain.py, then of finetune.py)
-    python fork_tokenizer.py finetune --data shapes-hard --pretrained runs/pretrain-tiny-shapes-hard/last.pt
+    PYTHONPATH=. python tests/forks/tokenizer.py pretrain --data shapes-hard
+    PYTHONPATH=. python tests/forks/tokenizer.py finetune --data shapes-hard --pretrained LAST.pt
 """
 import sys
 from functools import partial
