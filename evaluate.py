@@ -32,9 +32,9 @@ import engine
 from data import (DETECTION_DATA, DetectionSet, Transform, corners, detection_set, is_number, pad_batch,
                   read_image, to_tensor)
 from engine import InputError
-from extras import corruptions, pictures, released, tables
+from extras import pictures, released, tables
 from extras.hf import load_hugging_face
-from extras.tables import METRICS
+from extras.tables import CORRUPTIONS, METRICS
 from model import VARIANTS, Config, Detector, pad_to_multiple
 
 # ------------------------------------------------------------------------------------- the metric (4.2)
@@ -185,7 +185,7 @@ def evaluate_corruptions(model: torch.nn.Module, dataset: DetectionSet, args: ar
         bar.set_postfix_str(f"{name} {severity or ''}")
         corrupted = copy.copy(dataset)
         if severity:
-            corrupted.corruption = partial(corruptions.corrupt_seeded, name=name, severity=severity,
+            corrupted.corruption = partial(corrupted_picture, name=name, severity=severity,
                                            seed=args.seed, frost_dir=args.frost_dir)
         results = detect(model, corrupted, args, device, args.batch_size, bar)
         if engine.rank() == 0:
@@ -197,6 +197,12 @@ def evaluate_corruptions(model: torch.nn.Module, dataset: DetectionSet, args: ar
             engine.write_json(path, state)
     bar.close()
     return state
+
+
+def corrupted_picture(image: Image.Image, image_id: int, **options) -> Image.Image:
+    """One of the corruptions on one picture. Imported at first use, because scipy takes a while."""
+    from extras.corruptions import corrupt_seeded
+    return corrupt_seeded(image, image_id, **options)
 
 
 def start_corruptions(path: Path, args: argparse.Namespace, dataset: DetectionSet) -> dict:
@@ -219,9 +225,9 @@ def report_corruptions(state: dict, paper: str | None, args: argparse.Namespace)
     """Draws the bar chart and returns the row of Table 4, with mPC and rPC of Michaelis et al. 2019."""
     row, clean = tables.corruption_row(state), 100 * state["clean"]["AP"]
     paper_row = tables.PAPER[4][paper] if paper else None
-    pictures.corruption_chart(corruptions.NAMES, row, clean, paper_row, args.out / "corruptions.png")
+    pictures.corruption_chart(CORRUPTIONS, row, clean, paper_row, args.out / "corruptions.png")
     rows = [("this model", row)] + ([(f"paper, {paper}", paper_row)] if paper else [])
-    passes, all_passes = sum(map(len, state["corruptions"].values())), 5 * len(corruptions.NAMES)
+    passes, all_passes = sum(map(len, state["corruptions"].values())), 5 * len(CORRUPTIONS)
     partial_mean = "" if passes == all_passes else (
         f", of {passes} of the {all_passes} corruptions and severities only")
     return (f"{tables.markdown('Table 4', tables.HEADERS[4], rows)}\n"
@@ -284,8 +290,8 @@ def draw_figure(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Na
         for name in (None, *names):
             image = record.image()
             if name is not None:
-                image = corruptions.corrupt_seeded(image, record.id, name=name, severity=severity,
-                                                   seed=args.seed, frost_dir=args.frost_dir)
+                image = corrupted_picture(image, record.id, name=name, severity=severity,
+                                          seed=args.seed, frost_dir=args.frost_dir)
             found = detect_image(model, image, args, device)
             cells.append(pictures.draw_detections(image, found, dataset.classes, args.threshold))
     titles = ["clean", *(f"{n.replace('_', ' ')} {severity}" for n in names)]
@@ -317,9 +323,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=engine.positive, default=1, help="images per forward pass")
     parser.add_argument("--out", type=Path, help="folder for results and pictures (default: evaluation/ "
                                                  "beside the checkpoint or result file)")
-    parser.add_argument("--corruptions", nargs="+", choices=("all", *corruptions.NAMES), metavar="NAME",
+    parser.add_argument("--corruptions", nargs="+", choices=("all", *CORRUPTIONS), metavar="NAME",
                         help="COCO-C (Table 4): evaluate under these corruptions too, or under all; "
-                             "goes on where it was interrupted. Names: " + ", ".join(corruptions.NAMES))
+                             "goes on where it was interrupted. Names: " + ", ".join(CORRUPTIONS))
     parser.add_argument("--severities", nargs="+", type=int, choices=range(1, 6), metavar="1-5",
                         default=[1, 2, 3, 4, 5], help="of the corruptions (default: all five)")
     parser.add_argument("--frost-dir", type=Path,
@@ -349,7 +355,7 @@ def parse() -> argparse.Namespace:
     if args.attention and (args.model or not args.images):
         parser.error("--attention needs a checkpoint of FP-DETR and --images")
     if args.corruptions and "all" in args.corruptions:
-        args.corruptions = list(corruptions.NAMES)
+        args.corruptions = list(CORRUPTIONS)
     if not args.table:
         args.checkpoint = args.checkpoint[0] if args.checkpoint else None
         named = f"runs/{args.model[3:].strip('/.').replace('/', '-')}/-" if args.model else None
@@ -463,7 +469,8 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
         check_classes(dataset, checkpoint["classes"], args.checkpoint)
         model.to(device)
     if args.frost_dir:  # finds missing photographs before the first pass
-        corruptions.corrupt_seeded(Image.new("RGB", (32, 32)), 0, "frost", 1, frost_dir=args.frost_dir)
+        corrupted_picture(Image.new("RGB", (32, 32)), 0, name="frost", severity=1,
+                          frost_dir=args.frost_dir)
     make_folder(args.out)
     paper = paper_row(checkpoint, dataset, args.limit_val)
     if args.figure:

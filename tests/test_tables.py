@@ -23,6 +23,7 @@ def test_rows_of_table_4_have_the_mean_that_they_print(method):
 def test_the_same_model_has_the_same_figures_in_every_table():
     lite = TABLE_2["FP-DETR-Lite"][1:7]
     assert lite == TABLE_3["self-attention"][1:7] == TABLE_7["FP-DETR-Lite"][2:8]
+    assert HEADERS[4][1:] == NAMES  # the order of the paper's columns and of the corruptions
     for number, table in PAPER.items():
         assert all(len(row) == len(HEADERS[number]) for row in table.values())
 
