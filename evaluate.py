@@ -384,7 +384,7 @@ def load_detector(path: str | Path,
     return model.eval(), checkpoint
 
 
-def check_classes(dataset: DetectionSet, classes: list[str], checkpoint: str) -> None:
+def compare_classes(dataset: DetectionSet, classes: list[str], checkpoint: str) -> None:
     if len(dataset.classes) != len(classes):
         raise InputError(f"{checkpoint} was trained on {len(classes)} classes, {dataset.name} has "
                          f"{len(dataset.classes)}: evaluate it on the data it was trained for")
@@ -466,7 +466,7 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
     elif args.model:
         model = load_hugging_face(args.model[3:], dataset.classes).to(device)
     else:
-        check_classes(dataset, checkpoint["classes"], args.checkpoint)
+        compare_classes(dataset, checkpoint["classes"], args.checkpoint)
         model.to(device)
     if args.frost_dir:  # finds missing photographs before the first pass
         corrupted_picture(Image.new("RGB", (32, 32)), 0, name="frost", severity=1,

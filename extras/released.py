@@ -133,7 +133,7 @@ def four_levels(tensor: Tensor, num_heads: int, points: int) -> Tensor:
     return parts[:, :4].flatten(0, 2)
 
 
-def convert(theirs: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
+def convert_names(theirs: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
     """Their state dict -> ours. Raises InputError if a key is unknown, or if the six heads that they tie
     differ."""
     ours, points = {}, VARIANTS["lite"].points
@@ -182,7 +182,7 @@ def load_released_encoder(checkpoint: dict) -> tuple[Config, dict[str, Tensor]]:
                "bbox_head.transformer.reference_points")
     state = {k: v for k, v in state.items() if not k.startswith(dropped)}
     config = read_config(state)
-    return config, convert(state, config.heads)
+    return config, convert_names(state, config.heads)
 
 
 def read_config(state: dict[str, Tensor], num_heads: int | None = None) -> Config:
@@ -247,7 +247,7 @@ def load_released(path_or_state_dict: str | PathLike | dict, num_heads: int | No
     detector = released_layout(Detector(config, num_classes), gn_groups)
     detector = detector.to(state[QUERY_KEY].dtype)
     try:
-        detector.load_state_dict(convert(state, config.heads))
+        detector.load_state_dict(convert_names(state, config.heads))
     except RuntimeError as e:
         raise InputError("released checkpoint does not fit: " + " ".join(str(e).split())) from None
     return detector.eval()

@@ -83,6 +83,8 @@ MUTATIONS = [  # the mistake, its file, the right text, the wrong text, the test
      "x * peak / (peak + density) * 255", "x * 255", "corruptions"),
     ("boxes scaled by the other side", "evaluate.py",
      "torch.tensor([w, h, w, h])", "torch.tensor([h, w, h, w])", "evaluate"),
+    ("detection with dropout", "evaluate.py", "    model.eval()\n    # GroupNorm", "    # GroupNorm",
+     "evaluate"),
 ]
 
 

@@ -163,3 +163,8 @@ def test_mixup_and_cutmix_take_turns_at_the_stated_ratios():
             assert len(y) == 0 or len(y) == (y.max() - y.min() + 1) * (x.max() - x.min() + 1)
     assert len(blended) / 1500 == pytest.approx(0.5, abs=0.05)
     assert np.var(blended) == pytest.approx(1 / (4 * (2 * 0.8 + 1)), rel=0.15)  # of Beta(0.8, 0.8)
+
+
+def test_smoothing_by_hand():
+    expected = torch.tensor([[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]])
+    torch.testing.assert_close(augment.smooth_targets(torch.tensor([2, 0]), 4, 0.1), expected)

@@ -119,6 +119,18 @@ def run(monkeypatch, *command):
     evaluate.main()
 
 
+def test_detection_switches_dropout_off_and_training_on_again():
+    torch.manual_seed(0)
+    model = Detector(replace(VARIANTS["tiny"], queries=5, dropout=0.5), 8).train()
+    dataset, args = detection_set("shapes", "val", limit=2, image_size=64), Namespace(workers=0, amp="off")
+    found = evaluate.detect(model, dataset, args, torch.device("cpu"))
+    assert model.training
+    expected = evaluate.detect_image(model.eval(), dataset.records[0].image(),
+                                     Namespace(image_size=64, amp="off"), torch.device("cpu"))
+    first = [d["score"] for d in found if d["image_id"] == dataset.records[0].id]
+    assert first == pytest.approx(expected["scores"].tolist(), abs=1e-5)
+
+
 def mean_score(ground_truth, detections):
     """Takes the place of the metric, which is 0 for an untrained detector. Depends on all pixels."""
     return dict.fromkeys(METRICS, float(np.mean([d["score"] for d in detections])))
