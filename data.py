@@ -374,7 +374,7 @@ def detection_set(data: str, split: str, root: str | None = None, limit: int | N
         InputError: it is missing (the message says what to download and where it goes) or malformed.
     """
     options = dict(name=f"{data} {split}", transform=Transform(image_size, augment), seed=seed)
-    if data in shapes.COLOURS_OF:
+    if data in shapes.EMBEDDED_SETS:
         pictures, truth = shapes.detection_pictures(data, split, limit)
         records = [Record(id, image, image.size, boxes, labels) for id, image, boxes, labels in pictures]
         return DetectionSet(records, truth, **options)
@@ -393,24 +393,24 @@ def detection_set(data: str, split: str, root: str | None = None, limit: int | N
 # --------------------------------------------------------------------------------------- classification
 
 def classification_transform(image: Image.Image, rng: np.random.Generator, size: int,
-                             kind: str) -> Tensor:
-    """Picture -> (3, size, size) float32, normalised. `kind`: "deit" (random crop and flip, RandAugment,
+                             recipe: str) -> Tensor:
+    """Picture -> (3, size, size) float32, normalised. `recipe`: "deit" (random crop and flip, RandAugment,
     random erasing; 4.1), "21k" (squeezed to the size, Cutout, RandAugment; A.3), "flip" (flip only) or
     "none" (the middle, as for evaluation)."""
-    if kind == "deit":
+    if recipe == "deit":
         image = augment.random_resized_crop(image, size, rng)
-    elif kind == "21k":
+    elif recipe == "21k":
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     elif image.size != (size, size):  # a picture that has the size already is taken as it is
         image = augment.centre_crop(image, size)
-    if kind in ("deit", "flip") and rng.random() < 0.5:
+    if recipe in ("deit", "flip") and rng.random() < 0.5:
         image = ImageOps.mirror(image)
-    if kind == "21k":
+    if recipe == "21k":
         image = augment.cutout(image, rng)
-    if kind in ("deit", "21k"):
+    if recipe in ("deit", "21k"):
         image = augment.rand_augment(image, rng)
     pixels = to_tensor(image)
-    return augment.random_erasing(pixels, rng) if kind == "deit" else pixels
+    return augment.random_erasing(pixels, rng) if recipe == "deit" else pixels
 
 
 class ClassificationSet(Dataset):
@@ -474,7 +474,7 @@ def classification_set(data: str, split: str, root: str | None = None, limit: in
     """The set that `--data` names, see CLASSIFICATION_DATA. split: "train" or "val". root: the folder of
     `imagenet` or `imagenet21k`, data/NAME by default. augment: of `classification_transform`."""
     options = dict(name=f"{data} {split}", image_size=image_size, augment=augment, seed=seed)
-    if data in shapes.COLOURS_OF:
+    if data in shapes.EMBEDDED_SETS:
         items = shapes.classification_pictures(data, split, limit)
         return ClassificationSet(items, list(shapes.SHAPES), **options)
     folder = Path(root or f"data/{data}") if data in IMAGENET_FOLDERS else Path(data)

@@ -83,14 +83,14 @@ class Help(argparse.HelpFormatter):
         return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
-def number(kind: type, least: float, below: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: numbers of a kind in [least, below)."""
+def number(convert: type, least: float, below: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: numbers in [least, below)."""
     def parse(text: str) -> float:
-        if not least <= (value := kind(text)) < below:
+        if not least <= (value := convert(text)) < below:
             allowed = f"{least} or more" if below == math.inf else f"in [{least}, {below})"
             raise argparse.ArgumentTypeError(f"{text} is not {allowed}")
         return value
-    parse.__name__ = kind.__name__  # argparse shows it
+    parse.__name__ = convert.__name__  # argparse shows it
     return parse
 
 
@@ -392,8 +392,8 @@ def load_checkpoint(path: str | Path) -> dict:
     return content
 
 
-def describe(model: nn.Module, args: argparse.Namespace, stage: str, classes: list[str],
-             images: int) -> dict:
+def describe_run(model: nn.Module, args: argparse.Namespace, stage: str, classes: list[str],
+                 images: int) -> dict:
     """The part of a checkpoint that says which run made it. A model can be built from it, and --resume
     compares it. images: number of training images."""
     return {"stage": stage, "model_class": type(model).__name__, "config": asdict(model.encoder.config),

@@ -294,7 +294,7 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
     model = detector(config, len(train.classes))
     if args.layout == "released":
         released.released_layout(model)
-    description = engine.describe(model, args, "finetune", train.classes, len(train))
+    description = engine.describe_run(model, args, "finetune", train.classes, len(train))
     state = run.resume(model, description)
     if args.pretrained and not run.resumed:
         checkpoint = released.read_checkpoint(args.pretrained)

@@ -362,7 +362,7 @@ def main(classifier: Callable[[Config, int], Classifier] = Classifier,
     model = classifier(config, len(train.classes))
     if args.layout == "released":
         released.released_layout(model)
-    description = engine.describe(model, args, "pretrain", train.classes, len(train))
+    description = engine.describe_run(model, args, "pretrain", train.classes, len(train))
     state = run.resume(model, description)
     if args.init and not run.resumed:
         checkpoint = released.read_checkpoint(args.init)

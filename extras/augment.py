@@ -55,8 +55,8 @@ def transform(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=BICUBIC, fillcolor=FILL)
 
 
-def enhance(kind: type) -> Callable:
-    return lambda image, v, sign: kind(image).enhance(max(0.1, 1 + sign * 0.09 * v))
+def enhance(operation: type) -> Callable:
+    return lambda image, v, sign: operation(image).enhance(max(0.1, 1 + sign * 0.09 * v))
 
 
 OPERATIONS = {

@@ -261,14 +261,14 @@ def build_pretraining(args: argparse.Namespace, device: torch.device) -> tuple[D
     return engine.training_loader(train, sampler, pretrain.collate, args, device), train_on
 
 
-def build_model(kind: type[Classifier] | type[Detector], num_classes: int, args: argparse.Namespace,
+def build_model(model_class: type[Classifier] | type[Detector], num_classes: int, args: argparse.Namespace,
                 **changes) -> Classifier | Detector:
     """Builds the model of a stage. changes: to the Config of the variant."""
     try:
         config = replace(VARIANTS[args.variant], structure=args.structure, **changes)
     except ValueError as e:
         raise InputError(str(e)) from None
-    model = kind(config, num_classes).train()
+    model = model_class(config, num_classes).train()
     if args.layout == "released":
         released.released_layout(model)
     model.encoder.checkpointing = args.activation_checkpointing
@@ -331,14 +331,14 @@ def print_hours() -> None:
     coco_c = Detector, (800, 1333), 5_000, 1 + 15 * 5  # clean, and 15 corruptions at 5 severities
     cityscapes = Detector, (667, 1333), 2_975, 5 * 3 * 50  # 1024 x 2048 pixels, resized to at most 1333
     rows = []
-    for name, configs, (kind, size, images, passes) in (
+    for name, configs, (model_class, size, images, passes) in (
             ("ImageNet-1k", sizes | decoders, imagenet),
             ("ImageNet-21k-P of winter21", sizes, imagenet_21k),
             ("COCO", sizes | {"FP-EncDec": decoder}, coco),
             ("COCO-C", sizes, coco_c),
             ("Cityscapes, five seeds", sizes, cityscapes)):
         for variant, config in configs.items():
-            flops = forward_flops(kind, config, size)
+            flops = forward_flops(model_class, config, size)
             hours = flops * images * passes / (A100_FLOPS * UTILISATION) / 3600
             rows.append((f"{name}, {variant}", (f"{size[0]} x {size[1]}", f"{flops / 1e9:.1f}",
                                                 f"{images:,}", passes, hours)))
@@ -352,7 +352,8 @@ def print_hours() -> None:
 
 
 @functools.cache
-def forward_flops(kind: type[Classifier] | type[Detector], config: Config, size: tuple[int, int]) -> int:
+def forward_flops(model_class: type[Classifier] | type[Detector], config: Config,
+                  size: tuple[int, int]) -> int:
     """Counts the FLOP of one image of `size` (height, width): two per multiplication and addition.
 
     It counts linear layers and convolutions. Sampling is left out, because memory limits it. Attention
@@ -362,7 +363,7 @@ def forward_flops(kind: type[Classifier] | type[Detector], config: Config, size:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:  # shapes only, nothing is computed
-        model = kind(config, 1000 if kind is Classifier else 80)
+        model = model_class(config, 1000 if model_class is Classifier else 80)
         model(torch.zeros(1, 3, *size))
     return counter.get_total_flops()
 

@@ -31,7 +31,7 @@ SHAPES: dict[str, list[np.ndarray]] = {  # outline, then holes
     "arrow": [np.array([[0, -1], [0.9, 0], [0.35, 0], [0.35, 1], [-0.35, 1], [-0.35, 0], [-0.9, 0]])],
 }
 SHAPE_PIXELS, SUPERSAMPLE = 64, 4
-COLOURS_OF = {"shapes": 4, "shapes-hard": 2}  # name of the data -> number of colours that the kinds share
+EMBEDDED_SETS = {"shapes": 4, "shapes-hard": 2}  # name of the data -> number of colours that the kinds share
 
 
 def shape_mask(name: str, centre: np.ndarray, radius: float, angle: float, stretch: float,
@@ -116,7 +116,7 @@ def detection_pictures(data: str, split: str, limit: int | None) -> tuple[list[t
     pictures, annotations = [], []
     for i in range({"train": 2000, "val": 300}[split])[:limit]:
         rng = np.random.default_rng((20220425, split == "val", i))
-        image, boxes, labels = shape_scene(rng, colours=COLOURS_OF[data])
+        image, boxes, labels = shape_scene(rng, colours=EMBEDDED_SETS[data])
         pictures.append((i + 1, image, boxes, labels))
         for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist()):
             annotations.append({"id": len(annotations) + 1, "image_id": i + 1, "category_id": label + 1,
@@ -135,6 +135,6 @@ def classification_pictures(data: str, split: str, limit: int | None) -> list[tu
     items = []
     for i in range({"train": 8000, "val": 400}[split])[:limit]:
         rng = np.random.default_rng((20220426, split == "val", i))
-        image, _, labels = shape_scene(rng, objects=1, colours=COLOURS_OF[data])
+        image, _, labels = shape_scene(rng, objects=1, colours=EMBEDDED_SETS[data])
         items.append((image, int(labels[0])))
     return items

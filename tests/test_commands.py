@@ -218,7 +218,7 @@ def test_checkpoints_that_do_not_fit(trained):
     refused(trained, "finetune.py", *FAST, "--out", "x", "--variant", "lite", "--pretrained", last,
             says="dim 64 (here 256)")
     model = Detector(VARIANTS["tiny"], 3)
-    description = engine.describe(model, Namespace(layout="paper"), "finetune", list("abc"), images=1)
+    description = engine.describe_run(model, Namespace(layout="paper"), "finetune", list("abc"), images=1)
     engine.save_checkpoint(trained / "three.pt", {**description, "model": model.state_dict()})
     refused(trained, "evaluate.py", "three.pt", "--data", "shapes", "--limit-val", "2", says="3 classes")
     (trained / "pickle.pt").write_bytes(b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x04true\x85R.")

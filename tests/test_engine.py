@@ -17,7 +17,7 @@ TINY = VARIANTS["tiny"]
 
 
 def save(path, model, stage="finetune", layout="paper", classes=("a", "b")):
-    description = engine.describe(model, Namespace(layout=layout), stage, list(classes), images=9)
+    description = engine.describe_run(model, Namespace(layout=layout), stage, list(classes), images=9)
     engine.save_checkpoint(path, {**description, "model": model.state_dict()})
     return path
 
@@ -96,7 +96,7 @@ def test_only_the_same_run_can_be_resumed(tmp_path):
     """Each part of the recipe differs once and is refused. Machine flags and more epochs are not."""
     def description(config=TINY, classes=("a", "b"), images=9, model=Detector, **flags):
         args = Namespace(**{**dict(layout="paper", lr=0.1, epochs=5, workers=2, pretrained=None), **flags})
-        return engine.describe(model(config, len(classes)), args, "finetune", list(classes), images)
+        return engine.describe_run(model(config, len(classes)), args, "finetune", list(classes), images)
     saved = {**description(), "optimizer": {}, "epoch": 3}
     for same in (description(), description(workers=0, epochs=9), description(epochs=3)):
         engine.check_resumed(saved, same, tmp_path)

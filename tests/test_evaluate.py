@@ -109,7 +109,7 @@ def checkpoint(tmp_path_factory):
 
 def save(path, model, stage):
     args = Namespace(layout="paper", data="shapes", image_size=64)
-    description = engine.describe(model, args, stage, list(SHAPES), images=8)
+    description = engine.describe_run(model, args, stage, list(SHAPES), images=8)
     engine.save_checkpoint(path, {**description, "model": model.state_dict()})
 
 
