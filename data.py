@@ -1,10 +1,10 @@
 """Data: reading images, transforms, detection and classification sets, and batches.
 
-Detection: `shapes` and `shapes-hard` (generated), `coco`, `cityscapes`, or any folder in COCO format
-become a `DetectionSet`. The transforms are Deformable DETR's, which the paper follows (4.1).
-Classification: `shapes`, ImageNet, or any folder with a folder of images per class become a
-`ClassificationSet`. DeiT's augmentations are in extras/augment.py, the generated pictures in
-extras/shapes.py.
+Detection: `shapes` and `shapes-hard` (generated), `coco`, `cityscapes`, or any folder in
+COCO format become a `DetectionSet`. The transforms are Deformable DETR's, which the
+paper follows (4.1). Classification: `shapes`, ImageNet, or any folder with a folder of
+images per class become a `ClassificationSet`. DeiT's augmentations are in
+extras/augment.py, the generated pictures in extras/shapes.py.
 
 Boxes are absolute (x0, y0, x1, y1) in pixels on this page. They leave it as (cx, cy, w, h) in [0, 1].
 """
@@ -29,15 +29,15 @@ from extras.cityscapes import cityscapes_to_coco  # noqa: F401 (public here)
 
 warnings.filterwarnings("ignore", module="PIL")  # damaged metadata, as in ImageNet, do no harm
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # refuses more than 90 megapixels
-# Pillow reads more formats, but EPS files are programs, and half a JPEG 2000 file can pass for a whole
-# one.
+# Pillow reads more formats, but EPS files are programs, and half a JPEG
+# 2000 file can pass for a whole one.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM")
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, of RGB in 0..255
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Image.Image:
-    """An RGB picture from a file in one of FORMATS: grey, palette, RGBA (alpha dropped), CMYK, 16 bit,
-    EXIF-rotated.
+    """An RGB picture from a file in one of FORMATS: grey, palette, RGBA
+    (alpha dropped), CMYK, 16 bit, EXIF-rotated.
 
     Args:
         size: (width, height) in the annotation file. If only the unrotated picture has this size, the
@@ -118,9 +118,9 @@ class Transform:
     """The detection transform. `augment`: "paper" (flip, then a random size, or a random crop at a
     random size), "flip" or "none".
 
-    `image_size` is the short side at test time. All other sizes of the recipe (training sides 480..800,
-    crops 384..600, long side 1333) scale with it, so one recipe serves COCO at 800 pixels and small
-    trials.
+    `image_size` is the short side at test time. All other sizes of the recipe
+    (training sides 480..800, crops 384..600, long side 1333) scale with it, so one
+    recipe serves COCO at 800 pixels and small trials.
     """
     image_size: int = 800
     augment: str = "none"
@@ -238,9 +238,10 @@ def read_annotations(source: Path | dict) -> dict:
         for i, entry in enumerate(content["images"]):
             place = f"images[{i}]"
             image = {k: entry[k] for k in ("id", "file_name", "width", "height")}
-            require(is_id(image["id"]) and image["id"] not in sizes, "its id is no integer of its own")
+            require(is_id(image["id"]) and image["id"] not in sizes,
+                    "its id is not an integer, or another entry has it too")
             require(all(type(image[k]) is int and 0 < image[k] < 1e6 for k in ("width", "height")),
-                    "its width and height are no positive integers")
+                    "its width and height are not positive integers")
             images.append(image)
             sizes[image["id"]] = image["width"], image["height"]
         known = set()
@@ -248,7 +249,7 @@ def read_annotations(source: Path | dict) -> dict:
             place = f"categories[{i}]"
             category = {"id": entry["id"], "name": str(entry["name"])}
             require(is_id(category["id"]) and category["id"] not in known,
-                    "its id is no integer of its own")
+                    "its id is not an integer, or another entry has it too")
             require(category["name"].isprintable(), "its name cannot be printed")
             categories.append(category)
             known.add(category["id"])
@@ -302,8 +303,8 @@ def coco_format(image_folder: Path, annotations: Path | dict, limit: int | None 
     folder. Symbolic links are allowed.
 
     Args:
-        annotations: a file, or its content as a dict. limit: the first N images. options: of
-        DetectionSet.
+        annotations: a file, or its content as a dict.
+        limit: the first N images. options: of DetectionSet.
     Raises:
         InputError: the annotations are malformed, or an image is missing from the folder.
     """
@@ -324,6 +325,7 @@ def coco_format(image_folder: Path, annotations: Path | dict, limit: int | None 
         rows = np.array(boxes_of[image["id"]], dtype=np.float64).reshape(-1, 5)
         boxes = np.concatenate([rows[:, :2], rows[:, :2] + rows[:, 2:4]], 1)
         boxes = boxes.clip(0, np.array([*size, *size]))
+        # Deformable DETR's rule. The released code also drops boxes less than a pixel wide or high.
         keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         records.append(Record(image["id"], source, size, boxes[keep], rows[keep, 4].astype(np.int64)))
     return DetectionSet(records, content, **options)
@@ -342,8 +344,8 @@ class FileFinder:
         is_name = isinstance(name, str) and name.isprintable() and len(name) < 1000
         path = Path(os.path.normpath(self.folder / str(name)))
         if not is_name or not os.path.abspath(path).startswith(self.inside):
-            raise InputError(f"annotations {where}: the file name {name!r:.80} leaves {self.folder} or "
-                             f"is none")
+            raise InputError(f"annotations {where}: {name!r:.80} is not the name of a file inside "
+                             f"{self.folder}")
         if path.parent not in self.names:
             try:
                 self.names[path.parent] = set(os.listdir(path.parent))
@@ -367,9 +369,8 @@ def detection_set(data: str, split: str, root: str | None = None, limit: int | N
     """The set that `--data` names, see DETECTION_DATA.
 
     Args:
-        split: "train" or "val". root: the folder of `coco` or `cityscapes`, data/NAME by default.
-        limit: the
-            first N images only.
+        split: "train" or "val". limit: the first N images only.
+        root: the folder of `coco` or `cityscapes`, data/NAME by default.
     Raises:
         InputError: it is missing (the message says what to download and where it goes) or malformed.
     """
@@ -394,9 +395,9 @@ def detection_set(data: str, split: str, root: str | None = None, limit: int | N
 
 def classification_transform(image: Image.Image, rng: np.random.Generator, size: int,
                              recipe: str) -> Tensor:
-    """Picture -> (3, size, size) float32, normalised. `recipe`: "deit" (random crop and flip, RandAugment,
-    random erasing; 4.1), "21k" (squeezed to the size, Cutout, RandAugment; A.3), "flip" (flip only) or
-    "none" (the middle, as for evaluation)."""
+    """Picture -> (3, size, size) float32, normalised. `recipe`: "deit" (random crop and flip,
+    RandAugment, random erasing; 4.1), "21k" (squeezed to the size, Cutout, RandAugment; A.3), "flip"
+    (flip only) or "none" (the middle, as for evaluation)."""
     if recipe == "deit":
         image = augment.random_resized_crop(image, size, rng)
     elif recipe == "21k":
@@ -414,9 +415,9 @@ def classification_transform(image: Image.Image, rng: np.random.Generator, size:
 
 
 class ClassificationSet(Dataset):
-    """Items: (image (3, size, size) float32, label). An index beyond the length gives the same picture
-    with another augmentation (repeated augmentation). Augmentation depends on (seed, epoch, index)
-    only."""
+    """Items: (image (3, size, size) float32, label). An index beyond the length
+    gives the same picture with another augmentation (repeated augmentation).
+    Augmentation depends on (seed, epoch, index) only."""
 
     def __init__(self, items: list[tuple[Path | Image.Image, int]], classes: list[str], name: str,
                  image_size: int = 224, augment: str = "none", seed: int = 0):

@@ -4,7 +4,7 @@ A token looks at a few points around its reference point, on every level of the 
 instead of at all tokens. This file holds the operator and the module around it.
 
     ms_deform_attn            the operator: runs the compiled kernel where it can, else the reference
-    ms_deform_attn_reference  the same by grid_sample: short and slow, the truth in the kernel's tests
+    ms_deform_attn_reference  the same by grid_sample: short and slow; the kernel's tests compare with it
     MSDeformAttn              the module: the linear projections around the operator (FP-DETR 3.2, 4.1)
 
 The paper ends with MSDeformAttn. The rest of the file registers the kernel with PyTorch, compiles

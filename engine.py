@@ -1,7 +1,7 @@
 """The parts that the two training scripts share: flags, processes, batches, checkpoints, the run folder.
 
-A reader of the paper may skip this page. It knows nothing of images, boxes or losses, and it imports
-nothing of the project. The training loops stand in pretrain.py and finetune.py and call these helpers.
+A reader of the paper may skip this page. It imports nothing of the project. The training loops stand in
+pretrain.py and finetune.py and call these helpers.
 """
 import argparse
 import errno
@@ -37,8 +37,8 @@ def run_script(main: Callable, **options) -> None:
     try:
         main(**options)
     except torch.OutOfMemoryError:
-        text = ("error: the GPU's memory is full: give a smaller --micro-batch (the batch stays the same, "
-                "in more parts); in an evaluation, a smaller --batch-size")
+        text = ("error: the GPU's memory is full: give a smaller --micro-batch (the batch stays the "
+                "same, in more parts); in an evaluation, a smaller --batch-size")
     except ValueError as e:
         # deform_attn.py knows no InputError. It names this variable when it cannot obey it.
         if not isinstance(e, InputError) and "FPDETR_DEFORM_ATTN" not in str(e):
@@ -102,8 +102,9 @@ MACHINE_FLAGS = {"data_root", "workers", "device", "micro_batch", "activation_ch
                  "eval_every", "out", "resume", "overwrite"}
 
 
-def add_training_flags(parser: argparse.ArgumentParser, variants: dict) -> None:
-    """The flags that both stages have, except the numbers of their recipes."""
+def add_training_flags(parser: argparse.ArgumentParser, variants: dict) -> argparse._ArgumentGroup:
+    """Adds the flags that both stages have, except the numbers of their recipes. Returns the group of the
+    machine flags."""
     parser.add_argument("--variant", choices=variants, default="tiny",
                         help="size of the model, Table 1 (tiny is ours)")
     parser.add_argument("--structure", choices=("encoder-only", "encoder-decoder"),
@@ -132,6 +133,7 @@ def add_training_flags(parser: argparse.ArgumentParser, variants: dict) -> None:
                          help="go on exactly from the folder's last.pt, or start if there is none yet")
     machine.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
     add_device_flags(parser, machine)
+    return machine
 
 
 def add_device_flags(parser: argparse.ArgumentParser, machine: argparse._ActionsContainer) -> None:
@@ -492,8 +494,8 @@ class Run:
         signal.signal(signal.SIGTERM, self.on_sigterm)
 
     def on_sigterm(self, *_) -> None:
-        """Clusters send SIGTERM before they take a machine back. The loop looks at the flag after each
-        step."""
+        """Clusters send SIGTERM before they take a machine back. The loop
+        looks at the flag after each step."""
         self.terminated = True
 
     def resume(self, model: nn.Module, description: dict) -> dict:

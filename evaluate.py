@@ -1,5 +1,5 @@
-"""Evaluation: COCO AP of a checkpoint, a result file or another detector; COCO-C; pictures; the paper's
-tables.
+"""Evaluation: COCO AP of a checkpoint, a result file or another detector;
+COCO-C; pictures; the paper's tables.
 
     python evaluate.py runs/NAME/last.pt --data coco                    AP, with the paper's row
     python evaluate.py runs/NAME/last.pt --data coco --corruptions all  COCO-C (Table 4): 1 + 75 passes
@@ -56,8 +56,9 @@ def coco_metrics(ground_truth_json: str | Path | dict,
     """COCO's box AP.
 
     Args:
-        ground_truth_json: an annotation file in COCO format, or its content. detections: [{"image_id",
-        "category_id", "bbox": [x, y, w, h], "score"}], or a file with such a list.
+        ground_truth_json: an annotation file in COCO format, or its content.
+        detections: [{"image_id", "category_id", "bbox": [x, y, w, h], "score"}], or a file with such a
+            list.
     Returns:
         {"AP", "AP50", "AP75", "APs", "APm", "APl"} in [0, 1]; -1 where no object has that size.
     """
@@ -89,12 +90,12 @@ def coco_metrics(ground_truth_json: str | Path | dict,
 # -------------------------------------------------------------------------------------------- detection
 
 def best_boxes(outputs: dict, sizes: list[tuple[int, int]], top: int = 100) -> list[dict[str, Tensor]]:
-    """The `top` best of query x class scores per image, without non-maximum suppression (as Deformable
-    DETR).
+    """The `top` best of query x class scores per image, without
+    non-maximum suppression (as Deformable DETR).
 
     Args:
-        outputs: "pred_logits" (B, Q, K), "pred_boxes" (B, Q, 4). sizes: (width, height) of each original
-            image.
+        outputs: "pred_logits" (B, Q, K), "pred_boxes" (B, Q, 4).
+        sizes: (width, height) of each original image.
     Returns:
         {"scores": (n,) falling, "labels": (n,) int64, "boxes": (n, 4) xyxy in pixels, clipped to the
         image, "queries": (n,) int64, the query of each} per image.
@@ -117,8 +118,8 @@ def detect(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Namespa
     whole list. `bar`: a progress bar over images to use instead of a new one."""
     was_training = model.training
     model.eval()
-    # GroupNorm in the released layout sees the padding of a batch, so its authors test images one by
-    # one.
+    # GroupNorm in the released layout sees the padding of a batch, so
+    # its authors test images one by one.
     if any(isinstance(module, released.ReleasedTokenizer) for module in model.modules()):
         batch_size = 1
     mine = Subset(dataset, range(engine.rank(), len(dataset), engine.world_size()))  # no image twice
@@ -239,8 +240,8 @@ def report_corruptions(state: dict, paper: str | None, args: argparse.Namespace)
 
 def draw_files(model: torch.nn.Module, classes: list[str], args: argparse.Namespace,
                device: torch.device) -> None:
-    """--images: writes each picture with its detections; with --attention also where the best ones
-    looked."""
+    """--images: writes each picture with its detections; with --attention
+    also where the best ones looked."""
     images = {Path(p).stem: read_image(p) for p in args.images}  # all are read before any is written
     if len(images) < len(args.images):
         raise InputError("two of the --images have the same name, and so would their pictures: draw "
@@ -258,13 +259,13 @@ def draw_files(model: torch.nn.Module, classes: list[str], args: argparse.Namesp
 @torch.no_grad()
 def draw_attention(model: torch.nn.Module, image: Image.Image, classes: list[str],
                    args: argparse.Namespace, device: torch.device, path: Path) -> None:
-    """Draws where the `--attention` best detections looked, layer by layer (3.3: positions as visual
-    prompts)."""
+    """Draws where the `--attention` best detections looked, layer by layer
+    (3.3: positions as visual prompts)."""
     config = model.encoder.config
     pixels = to_tensor(resize_to_test(image, args.image_size))[None].to(device)  # (1, 3, H, W)
     with pictures.WatchSampling(model, config.queries) as watch, engine.autocast(args, device):
         found = best_boxes(model(pixels), [image.size])[0]
-    first_of = {}  # query -> its best detection; a query may be there with two classes
+    first_of = {}  # query -> its best detection; a query may appear twice, with two classes
     for i, query in enumerate(found["queries"].tolist()):
         first_of.setdefault(query, i)
     shown = list(first_of.values())[:args.attention]
@@ -281,8 +282,8 @@ FIGURE_CORRUPTIONS = ("gaussian_noise", "motion_blur", "snow", "contrast", "jpeg
 
 def draw_figure(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Namespace,
                 device: torch.device) -> None:
-    """--figure N, like Figure 3: a row for each of the first N images, clean and corrupted, with their
-    detections."""
+    """--figure N, like Figure 3: a row for each of the first N images, clean
+    and corrupted, with their detections."""
     names = args.corruptions or FIGURE_CORRUPTIONS
     severity = args.severities[len(args.severities) // 2]
     cells = []
@@ -358,8 +359,9 @@ def parse() -> argparse.Namespace:
         args.corruptions = list(CORRUPTIONS)
     if not args.table:
         args.checkpoint = args.checkpoint[0] if args.checkpoint else None
-        named = f"runs/{args.model[3:].strip('/.').replace('/', '-')}/-" if args.model else None
-        args.out = args.out or Path(args.checkpoint or args.predictions or named).parent / "evaluation"
+        file = args.checkpoint or args.predictions
+        name = (args.model or "")[3:].strip("/.").replace("/", "-")
+        args.out = args.out or (Path(file).parent if file else Path("runs") / name) / "evaluation"
     return args
 
 

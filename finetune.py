@@ -54,8 +54,8 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def match(pred_logits: Tensor, pred_boxes: Tensor, targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
-    """The cheapest one-to-one assignment of queries to objects, per image (Hungarian matching, DETR
-    3.1).
+    """The cheapest one-to-one assignment of queries to objects, per
+    image (Hungarian matching, DETR 3.1).
 
     Args:
         pred_logits: (B, Q, K). pred_boxes: (B, Q, 4) cxcywh in [0, 1].
@@ -92,13 +92,13 @@ def count_matches(targets: list[dict], queries: int) -> int:
 
 def detection_loss(outputs: dict, targets: list[dict],
                    num_matches: float | Tensor | None = None) -> dict[str, Tensor]:
-    """The set prediction loss, summed over all supervised layers. Each layer is matched on its own (deep
-    supervision, 4.1).
+    """The set prediction loss, summed over all supervised layers. Each layer is
+    matched on its own (deep supervision, 4.1).
 
     Args:
-        outputs: of a Detector. targets: as in `match`, on the same device. num_matches: all losses are
-        divided by it, number or scalar tensor: the matched queries of one layer
-            in the *total* batch, over all micro-batches and processes (at least 1). Default: of
+        outputs: of a Detector. targets: as in `match`, on the same device.
+        num_matches: number or scalar tensor by which all losses are divided: the matched queries of one
+            layer in the *total* batch, over all micro-batches and processes (at least 1). Default: of
             `targets`. (Released code. Deformable DETR divides by the number of objects, which is the
             same unless an image has more objects than queries.)
     Returns:
@@ -135,8 +135,8 @@ def detection_loss(outputs: dict, targets: list[dict],
 
 # ------------------------------------------------------------------------------------- the recipe (4.1)
 
-# Cityscapes (4.5, Table 5). The paper gives no learning rate for it; the released code has 2e-4 for
-# Lite.
+# Cityscapes (4.5, Table 5). The paper gives no learning rate for it;
+# the released code has 2e-4 for Lite.
 CITYSCAPES_RECIPE = dict(batch_size=8)
 # Ours, for the embedded data: a small model, from scratch, in minutes.
 SHAPES_RECIPE = dict(epochs=14, batch_size=16, micro_batch=16, lr=1e-3, schedule="one-cycle",
@@ -171,7 +171,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=engine.rate, default=1e-4,
                         help="AdamW's, on all parameters (released code)")
     parser.add_argument("--clip", type=engine.rate, default=0.1,
-                        help="largest L2 norm of the gradient (released code); 0 for any")
+                        help="largest L2 norm of the gradient (released code); 0: no clipping")
     parser.add_argument("--dropout", type=engine.fraction, default=0.1,
                         help="in all layers (released code)")
     parser.add_argument("--augment", choices=("paper", "flip", "none"), default="paper",
@@ -194,7 +194,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.adaptor = args.adaptor or ("none" if args.structure == "encoder-decoder" else "self-attention")
     if args.schedule == "step" and args.lr_drop >= args.epochs:
-        print(f"note: --lr-drop {args.lr_drop} is beyond --epochs {args.epochs} (paper: 40 of 50)")
+        print(f"note: --lr-drop {args.lr_drop} is not below --epochs {args.epochs}, so the learning "
+              f"rate never drops (paper: 40 of 50)")
     return args
 
 
@@ -232,8 +233,8 @@ def train_step(model: Detector, optimizer: torch.optim.Optimizer, batch: list, a
     """One step on this process's share of the total batch.
 
     Args:
-        batch: micro-batches [(images (B, 3, H, W), padding mask (B, H, W) or None, targets as in
-        `match`)].
+        batch: micro-batches [(images (B, 3, H, W), padding mask (B, H, W) or None, targets)], targets as
+            in `match`.
     Returns:
         this process's share of the losses of the total batch: scalars.
     Raises:

@@ -6,10 +6,9 @@ With one extra token, the class token, the answer is an image class (`Classifier
 With 300 of them, the object queries, it is a set of boxes (`Detector`, fine-tuning, 3.3). Both use the
 same code, and the encoder's state dict passes from one to the other with strict=True.
 
-We follow the paper. Where it is silent, we follow the authors' released code. Two exceptions are
-marked: where positions are added (EncoderLayer) and the place of the adaptor (TaskAdaptor).
-extras/released.py turns a model of this file into the released layout. Everything on this page is the
-paper; there is no boilerplate.
+We follow the paper. Where it is silent, we mostly follow the authors' released code. A comment stands
+wherever ours differs from either; docs/differences.md lists all differences. extras/released.py turns a
+model of this file into the released layout.
 
 Shapes: B images, N image tokens, E extra tokens (Q for queries, the paper's N_q), D channels, K
 classes; in attention M heads of C channels, L levels, P points.
@@ -28,8 +27,8 @@ from deform_attn import MSDeformAttn, at_least_float32
 
 @dataclass(frozen=True)
 class Config:
-    """The size of a model (Table 1). `dataclasses.replace` derives another one; ValueError if it is
-    impossible. FP-EncDec (Table 7) has structure="encoder-decoder" and adaptor="none"."""
+    """The size of a model (Table 1). `dataclasses.replace` makes a changed copy. An impossible size
+    raises ValueError. FP-EncDec (Table 7) has structure="encoder-decoder" and adaptor="none"."""
     dim: int = 256            # D, channels of every token
     mlp_dim: int = 1024       # hidden channels of a layer's MLP
     heads: int = 8            # M, attention heads
@@ -73,9 +72,9 @@ class Config:
 
 
 VARIANTS: dict[str, Config] = {
-    # Ours, for CPUs and teaching. The extra tokens enter at layer 10: from layer 7 on, the class token
-    # could look at every token of a 64-pixel picture by itself, and the image tokens would learn
-    # little.
+    # Ours, for CPUs and teaching. The extra tokens enter at layer 10: from layer 7
+    # on, the class token could look at every token of a 64-pixel picture by itself,
+    # and the image tokens would learn little.
     "tiny": Config(dim=64, mlp_dim=256, heads=4, tokenizer_dim=64, queries=50, entry_layer=10),
     "tiny-wide": Config(dim=96, mlp_dim=384, heads=6, tokenizer_dim=96, queries=50, entry_layer=10),
     "lite": Config(),
@@ -108,8 +107,8 @@ class Tokenizer(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images: (B, 3, H, W), sides of 64 or more -> four levels, each (B, H // stride, W // stride,
-        D)."""
+        """images: (B, 3, H, W), sides of 64 or more -> four levels, each
+        (B, H // stride, W // stride, D)."""
         if min(images.shape[-2:]) < self.strides[-1]:
             raise ValueError(f"images of {tuple(images.shape[-2:])} pixels: each side needs at least 64")
         levels = []
@@ -251,9 +250,9 @@ def build_adaptor(config: Config, adaptor: type[TaskAdaptor] = TaskAdaptor) -> n
 # ------------------------------------------------------------------------------ encoder (3.2, 4.1, A.2)
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016), one of the DeiT strategies (4.1). In training it drops a
-    residual branch for a random part `rate` of the images and scales the others up, so that the mean
-    stays."""
+    """Stochastic depth (Huang et al. 2016), one of the DeiT strategies (4.1). In
+    training it drops a residual branch for a random part `rate` of the images and
+    scales the others up, so that the mean stays."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -293,12 +292,12 @@ class EncoderLayer(nn.Module):
         Returns:
             (B, T, D)
         """
-        # Paper (3.2): the extra tokens are a fifth level, masked so that no token attends to them. A
-        # masked softmax gives that level weight 0. We leave the level out: exactly the same result, for
-        # a fifth less sampling. So only image tokens are sampled, and they cannot depend on the extra
-        # tokens. Paper (Eq. 4): positions are added to the content once, at the input. Released code,
-        # Deformable DETR and ours: added to the query side of every layer, because each layer has to
-        # read the prompt.
+        # Paper (3.2): the extra tokens are a fifth level, masked so that no token attends to them.
+        # A masked softmax gives that level weight 0. We leave the level out: exactly the same
+        # result, for a fifth less sampling. So only image tokens are sampled, and they cannot
+        # depend on the extra tokens. Paper (Eq. 4): positions are added to the content once, at
+        # the input. Released code, Deformable DETR and ours: added to the query side of every
+        # layer, because each layer has to read the prompt.
         attended = self.attention(tokens + positions, references, memory, image.shapes, image.padding)
         tokens = self.norm1(tokens + self.drop_path(self.dropout(attended)))
         return self.norm2(tokens + self.drop_path(self.dropout(self.mlp(tokens))))
@@ -341,8 +340,8 @@ class Encoder(nn.Module):
         self.checkpointing = False  # True: training keeps only the layers' inputs for the backward pass
 
     def embed(self, images: Tensor, padding_mask: Tensor | None) -> ImageTokens:
-        """The token sequence of 3.1. images: (B, 3, H, W). padding_mask: (B, H, W), True at padding, or
-        None."""
+        """The token sequence of 3.1. images: (B, 3, H, W). padding_mask: (B,
+        H, W), True at padding, or None."""
         levels = self.tokenizer(images)
         valid = [torch.ones(x.shape[:3], dtype=torch.bool, device=x.device) for x in levels]
         if padding_mask is not None:
@@ -375,8 +374,8 @@ class Encoder(nn.Module):
             adapt: adapt(extra, image tokens, index) -> both, called before each layer with extra tokens;
                 `Detector.adapt`, or None in pre-training.
         Returns:
-            the extra tokens after each layer that has them; the image tokens (B, N, D) that the last of
-            these layers sampled.
+            the extra tokens after each layer that has them; the image tokens (B, N, D)
+            that the last of these layers sampled.
         """
         image = self.embed(images, padding_mask)
         memory = image.content  # (B, N, D)
@@ -401,8 +400,8 @@ class Encoder(nn.Module):
         if isinstance(layer, DecoderLayer) or layer is self.layers[-1]:
             # The last layer updates the extra tokens only: nothing reads its image tokens.
             return layer(extra, positions, references, memory, image), memory
-        # Extra tokens first, as in Eq. 1 and 4. (The released code puts them last; the order has no
-        # effect.)
+        # Extra tokens first, as in Eq. 1 and 4. (The released code puts
+        # them last; the order has no effect.)
         tokens = layer(torch.cat([extra, memory], 1), torch.cat([positions, image.positions], 1),
                        torch.cat([references, image.references], 1), memory, image)  # (B, E + N, D)
         return tokens[:, :extra.shape[1]], tokens[:, extra.shape[1]:]
@@ -434,8 +433,8 @@ class Classifier(nn.Module):
 
 def pad_to_multiple(images: Tensor, padding_mask: Tensor | None,
                     multiple: int) -> tuple[Tensor, Tensor | None]:
-    """Pads (B, 3, H, W) images with zeros and their (B, H, W) mask with True, at the right and
-    bottom."""
+    """Pads (B, 3, H, W) images with zeros and their (B, H, W) mask
+    with True, at the right and bottom."""
     h, w = images.shape[-2:]
     bottom, right = -h % multiple, -w % multiple
     if not (bottom or right):
@@ -451,9 +450,9 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 class Detector(nn.Module):
-    """Fine-tuning (3.3): object queries in place of the class token, a task adaptor, a class and a box
-    head. The heads are shared by all layers with queries, which are all supervised (the last six,
-    4.1)."""
+    """Fine-tuning (3.3): object queries in place of the class token, a task adaptor,
+    a class and a box head. The heads are shared by all layers with queries, which
+    are all supervised (the last six, 4.1)."""
 
     def __init__(self, config: Config, num_classes: int):
         super().__init__()
@@ -466,7 +465,7 @@ class Detector(nn.Module):
             nn.Linear(config.dim, config.dim), nn.ReLU(),
             nn.Linear(config.dim, config.dim), nn.ReLU(),
             nn.Linear(config.dim, 4))
-        # Boxes start at their reference point, 12 % of the image wide.
+        # Boxes start at their reference point, 12 % of the image wide (Deformable DETR).
         nn.init.zeros_(self.box_head[-1].weight)
         with torch.no_grad():
             self.box_head[-1].bias.copy_(torch.tensor([0.0, 0.0, -2.0, -2.0]))
@@ -474,8 +473,8 @@ class Detector(nn.Module):
     def forward(self, images: Tensor, padding_mask: Tensor | None = None) -> dict:
         """
         Args:
-            images: (B, 3, H, W), normalised, any size. padding_mask: (B, H, W), True at padding, or
-            None.
+            images: (B, 3, H, W), normalised, any size.
+            padding_mask: (B, H, W), True at padding, or None.
         Returns:
             {"pred_logits": (B, Q, K), "pred_boxes": (B, Q, 4), "aux_outputs": [the same two keys] per
             earlier layer}; boxes are float32 (cx, cy, w, h) in [0, 1] of the unpadded image; logits are

@@ -1,13 +1,13 @@
 """Stage 1: pre-training of the whole encoder on image classification (3.2, 4.1 and A.3).
 
     python pretrain.py                              the embedded data, minutes on a laptop
-    python pretrain.py --data path/to/folder        any folder with a folder of images per class
+    python pretrain.py --data path/to/folder        any folder with train/CLASS/ and val/CLASS/
     torchrun --nproc_per_node=8 pretrain.py --variant lite --data imagenet    the paper's recipe (DeiT)
     torchrun --nproc_per_node=8 pretrain.py --data imagenet21k --tree T.json --init X.pt      A.3
 
-`finetune.py --pretrained` takes the encoder from the last.pt of a run. The authors released no
-training code of this stage. It follows the paper, DeiT (Touvron et al. 2021) and, for ImageNet-21k-P,
-Ridnik et al. 2021.
+`finetune.py --pretrained` takes the encoder from the last.pt of a run. The authors
+released no training code of this stage. It follows the paper, DeiT (Touvron et al.
+2021) and, for ImageNet-21k-P, Ridnik et al. 2021.
 
 This page holds the semantic softmax, the recipe, repeated augmentation and the training loop. Mixup,
 CutMix, RandAugment and Cutout are in extras/augment.py.
@@ -37,8 +37,8 @@ from model import VARIANTS, Classifier, Config
 
 @dataclass
 class Tree:
-    """The classes' hierarchy. A class's level is the number of its ancestors that are classes
-    themselves."""
+    """The classes' hierarchy. A class's level is the number of its
+    ancestors that are classes themselves."""
     classes: list[str] | None  # their names, if the file has them
     columns: list[Tensor]      # per level with two or more classes: their indices, (n_k,) int64
     targets: Tensor            # (N, levels) int64: column of a class or its ancestor on a level, or -1
@@ -50,9 +50,9 @@ class Tree:
 
 
 def load_tree(path: str | Path) -> Tree:
-    """Reads {"class_tree_list": [[class, its nearest ancestor that is a class, ..., root], ...]}, the
-    format of the authors of ImageNet-21k-P and of extras/imagenet21k_tree.py. InputError if it is not
-    that."""
+    """Reads {"class_tree_list": [[class, its nearest ancestor that is a class, ...,
+    root], ...]}, the format of the authors of ImageNet-21k-P and of
+    extras/imagenet21k_tree.py. InputError if it is not that."""
     try:
         content = json.loads(Path(path).read_text())
         chains, names = content["class_tree_list"], content.get("class_list")
@@ -85,9 +85,9 @@ def load_tree(path: str | Path) -> Tree:
 
 
 def semantic_softmax_loss(logits: Tensor, target: Tensor, tree: Tree, smoothing: float = 0.2) -> Tensor:
-    """sum_k W_k CE_k over the levels of the tree. CE_k sums the cross-entropy among the classes of
-    level k, with label smoothing, over the images with a class on this level, and divides by the number
-    of *all* images.
+    """sum_k W_k CE_k over the levels of the tree. CE_k sums the cross-entropy among the
+    classes of level k, with label smoothing, over the images with a class on this
+    level, and divides by the number of *all* images.
 
     logits: (B, N). target: (B,) int64 -> scalar.
     """
@@ -115,10 +115,10 @@ def semantic_accuracy(logits: Tensor, target: Tensor, tree: Tree) -> tuple[Tenso
 
 # ------------------------------------------------------------------------------------- the recipe (4.1)
 
-# ImageNet-21k-P (A.3). Where the paper is silent: the public script of Ridnik et al. 2021, which
-# differs in Adam with decay in the gradient (A.3: "true weight decay", hence AdamW), colours that are
-# not normalised (we start from weights of ImageNet-1k, where they were), and squeezed validation
-# images.
+# ImageNet-21k-P (A.3). Where the paper is silent: the public script of Ridnik et al.
+# 2021, which differs in Adam with decay in the gradient (A.3: "true weight decay",
+# hence AdamW), colours that are not normalised (we start from weights of ImageNet-1k,
+# where they were), and squeezed validation images.
 RECIPE_21K = dict(variant="base", epochs=80, batch_size=4096, lr=3e-4, weight_decay=1e-4, augment="21k",
                   schedule="one-cycle", repeats=1, mixup=0.0, cutmix=0.0, smoothing=0.2, drop_path=0.0)
 # Ours, for the embedded data.
@@ -165,8 +165,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tree", type=Path, help="train with the semantic softmax over this tree (A.3)")
     parser.add_argument("--class-tokens", type=engine.positive, default=1,
                         help="pooled into one before the classifier (A.2, Table 7: 300 for FP-EncDec)")
-    engine.add_training_flags(parser, VARIANTS)
-    parser.add_argument("--compile", action="store_true", help="torch.compile: slow start, faster steps")
+    machine = engine.add_training_flags(parser, VARIANTS)
+    machine.add_argument("--compile", action="store_true", help="torch.compile: slow start, faster steps")
     parser.set_defaults(micro_batch=128)
 
     known, _ = parser.parse_known_args(arguments)

@@ -49,8 +49,8 @@ def device_name(device: torch.device) -> str:
 def measure_operator(device: torch.device, repeats: int) -> None:
     """Prints the times of compiling, loading and running the operator in every way.
 
-    "of bound" is the time in which a plain copy would read and write the same tensors once, divided by
-    the measured time.
+    "of bound" is the time in which a plain copy would read and write the same
+    tensors once, divided by the measured time.
     """
     if deform_attn.forced_path() == "reference":
         raise InputError("FPDETR_DEFORM_ATTN=reference leaves nothing to compare: unset it")

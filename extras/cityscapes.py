@@ -81,8 +81,8 @@ def cityscapes_to_coco(root: str | Path, split: str, workers: int = 0) -> dict:
     Returns:
         {"images", "annotations", "categories"}. Images are numbered from 1 by file name, which is
         relative to `root`. Images without objects stay. An object without visible pixels has no
-        annotation. There are no masks. Of the visible pixels, bbox is [x, y, w, h], ints, and area is
-        the number. iscrowd is 1 for a group that was not taken apart ("cargroup").
+        annotation. There are no masks. bbox is the tight box of the visible pixels, [x, y, w, h] in
+        ints; area is their number. iscrowd is 1 for a group that was not taken apart ("cargroup").
     Raises:
         InputError: the data are missing (it says what to download) or malformed (it names the file).
     """

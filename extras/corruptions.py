@@ -215,8 +215,8 @@ def feather(rng: np.random.RandomState) -> Image.Image:
 
 
 def frost_photo(h: int, w: int, rng: np.random.RandomState, folder: Path) -> np.ndarray:
-    """Enlarges a random photograph to 1.1 times the size that covers the image, and crops a random part
-    (h, w, 3)."""
+    """Enlarges a random photograph to 1.1 times the size that covers the
+    image, and crops a random part (h, w, 3)."""
     missing = [name for name in FROST_FILES if not (folder / name).is_file()]
     if missing:
         raise InputError(f"frost folder {folder} lacks {', '.join(missing)}: copy these files from the "

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from engine import InputError
 
-# These have a sigmoid per class, as FP-DETR has; all others a softmax with "no object" as the last
-# class.
+# These have a sigmoid per class, as FP-DETR has; all others a softmax
+# with "no object" as the last class.
 SIGMOID = ("conditional_detr", "deformable_detr")
 
 
@@ -36,9 +36,9 @@ class HuggingFaceDetector(nn.Module):
         self.columns = [index_of[c] for c in self.classes]
 
     def forward(self, images: Tensor, padding_mask: Tensor | None = None) -> dict[str, Tensor]:
-        """As model.Detector: images (B, 3, H, W), padding_mask (B, H, W) or None -> {"pred_logits":
-        (B, Q, K), "pred_boxes": (B, Q, 4) cxcywh in [0, 1] of the unpadded image}; sigmoid(logit) is the
-        score."""
+        """As model.Detector: images (B, 3, H, W), padding_mask (B, H, W) or None ->
+        {"pred_logits": (B, Q, K), "pred_boxes": (B, Q, 4) cxcywh in [0, 1] of the
+        unpadded image}; sigmoid(logit) is the score."""
         # YOLOS takes no mask. Evaluate it with one image per batch, the default.
         mask = {} if padding_mask is None else {"pixel_mask": (~padding_mask).long()}
         out = self.detector(pixel_values=images, **mask)

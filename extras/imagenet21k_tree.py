@@ -2,8 +2,8 @@
 
     python -m extras.imagenet21k_tree TREE.json --is-a is_a.txt --classes synsets.txt
 
-is_a.txt has a line "parent child" for each relation of WordNet. synsets.txt has a class, a WordNet id,
-per line.
+is_a.txt has a line "parent child" for each relation of WordNet.
+synsets.txt has a class, a WordNet id, per line.
 """
 import argparse
 import json
@@ -13,9 +13,9 @@ from engine import Help, InputError, run_script
 
 
 def build_tree(is_a: Path, classes: Path, out: Path) -> str:
-    """Writes {"class_list": names, "class_tree_list": [[class, parent, ..., root], ...]}, in which the
-    ancestors of a class are those that are classes themselves, and returns a line about it. Of several
-    parents the last one counts, as in the original tree. InputError if a file is not as described."""
+    """Writes {"class_list": names, "class_tree_list": [[class, parent, ..., root], ...]} and returns a
+    line about it. Ancestors that are not classes are skipped. If a class has several parents, the last
+    one counts, as in the original tree. InputError if a file is not as described."""
     parents = {}
     for words in read_words(is_a):
         if len(words) != 2:

@@ -11,15 +11,15 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from deform_attn import MSDeformAttn, sampling_locations_and_weights
+from extras.shapes import hsv
 
 STRIDE_COLOURS = ("#ffd22e", "#ff7f2a", "#e8384f", "#8a4fff")  # of the samples at strides 8, 16, 32, 64
 
 
 def colour_of(label: int) -> tuple[int, int, int]:
-    """A bright RGB colour. Labels step around the colour circle by the golden ratio, so neighbours
-    differ."""
-    k = (np.array([5, 3, 1]) + label * 0.618034 * 6) % 6
-    return tuple(int(v) for v in 255 * (1 - 0.85 * np.clip(np.minimum(k, 4 - k), 0, 1)))
+    """A bright RGB colour. Labels step around the colour circle by the
+    golden ratio, so neighbours differ."""
+    return tuple(int(v) for v in 255 * hsv(label * 0.618034, 0.85, 1.0))
 
 
 def draw_detections(image: Image.Image, found: dict[str, Tensor], classes: list[str],
@@ -44,8 +44,8 @@ def draw_detections(image: Image.Image, found: dict[str, Tensor], classes: list[
 
 def sheet_of(pictures: list[Image.Image], columns: int = 4, cell: int = 400,
              titles: list[str] | None = None) -> Image.Image:
-    """One sheet of pictures, each shrunk to at most `cell` pixels a side. `titles` stand above the
-    columns."""
+    """One sheet of pictures, each shrunk to at most `cell` pixels a side.
+    `titles` stand above the columns."""
     pictures = [ImageOps.contain(p, (cell - 8, cell - 8)) for p in pictures]
     columns, height = min(columns, len(pictures)), max(p.height for p in pictures) + 8
     top = 36 if titles else 0
@@ -113,8 +113,8 @@ def draw_curves(log: list[dict], scores: tuple[str, ...], path: Path) -> None:
 # ------------------------------------------------------------------------- where the queries look (3.3)
 
 class WatchSampling:
-    """A context manager that records where the extra tokens, the first `count`, sample while the model
-    runs.
+    """A context manager that records where the extra tokens, the first
+    `count`, sample while the model runs.
 
     `layers` gets one entry per layer with extra tokens: (reference points (E, 2), locations (E, M, L,
     P, 2), weights (E, M, L, P)) of the first image of a batch. Places are in [0, 1] of the padded
@@ -142,9 +142,9 @@ class WatchSampling:
 
 def attention_picture(image: Image.Image, layers: list, padded: tuple[float, float],
                       found: dict[str, Tensor], classes: list[str], first_layer: int, path: Path) -> None:
-    """A row per detection, a column per layer. Each cell shows the query's reference point (+) and its
-    sampling locations as dots. A dot's area is proportional to the attention weight, its colour gives
-    the level.
+    """A row per detection, a column per layer. Each cell shows the query's reference
+    point (+) and its sampling locations as dots. A dot's area is proportional to the
+    attention weight, its colour gives the level.
 
     Args:
         layers: of a WatchSampling. padded: (width, height) of the padded input in pixels of `image`.

@@ -32,8 +32,8 @@ class ReleasedTokenizer(nn.Module):
         super().__init__()
         d0, d = config.tokenizer_dim, config.dim
         self.convs = nn.ModuleList(nn.Conv2d(cin, d0, k, stride=k) for cin, k in ((3, 8), (d0, 2), (d0, 2)))
-        # The first norm of a level is followed by the next convolution, the second by the level's
-        # projection.
+        # The first norm of a level is followed by the next convolution, the
+        # second by the level's projection.
         self.norms = nn.ModuleList(nn.LayerNorm(d0, eps=1e-6) for _ in self.convs)
         self.out_norms = nn.ModuleList(nn.LayerNorm(d0, eps=1e-6) for _ in self.convs)
         self.projections = nn.ModuleList([*(nn.Conv2d(d0, d, 1, bias=False) for _ in self.convs),
@@ -126,16 +126,16 @@ def our_name(key: str) -> str | None:
 
 
 def four_levels(tensor: Tensor, num_heads: int, points: int) -> Tensor:
-    """Drops the fifth level from a sampling_offsets or attention_weights tensor. Their layers 7-12 mask
-    it."""
+    """Drops the fifth level from a sampling_offsets or attention_weights
+    tensor. Their layers 7-12 mask it."""
     per_point = tensor.shape[0] // (num_heads * 5 * points)  # 2 for offsets, 1 for weights
     parts = tensor.view(num_heads, 5, points * per_point, *tensor.shape[1:])
     return parts[:, :4].flatten(0, 2)
 
 
 def convert_names(theirs: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
-    """Their state dict -> ours. Raises InputError if a key is unknown, or if the six heads that they tie
-    differ."""
+    """Their state dict -> ours. Raises InputError if a key is unknown, or if
+    the six heads that they tie differ."""
     ours, points = {}, VARIANTS["lite"].points
     for key, tensor in theirs.items():
         if key == QUERY_KEY:
@@ -222,13 +222,12 @@ def read_checkpoint(path: str | PathLike) -> dict:
 
 def load_released(path_or_state_dict: str | PathLike | dict, num_heads: int | None = None,
                   gn_groups: int = 32) -> Detector:
-    """A detector with the weights of one of the authors' checkpoints, in eval mode, in the dtype of the
-    weights.
+    """A detector with the weights of one of the authors' checkpoints, in
+    eval mode, in the dtype of the weights.
 
     Args:
-        path_or_state_dict: the file (never unpickled beyond tensors and plain containers), or its
-        content,
-            {"meta", "state_dict", ...} as mmdet wraps it or the state dict alone.
+        path_or_state_dict: the file (only tensors and plain containers are read), or its content:
+            {"meta", "state_dict", ...} as mmdet wraps it, or the state dict alone.
         num_heads: read off the shapes, which needs the usual 4 points, unless given.
         gn_groups: of the projections; cannot be read off the shapes.
     Raises:

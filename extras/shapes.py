@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 
 
 def polygon(corners: int, inner: float = 1.0) -> np.ndarray:
-    """(n, 2): a regular polygon in the unit circle, or a star if every second corner is at radius
-    `inner`."""
+    """(n, 2): a regular polygon in the unit circle, or a star if every
+    second corner is at radius `inner`."""
     n = corners if inner == 1 else 2 * corners
     angle = 2 * np.pi * np.arange(n) / n - np.pi / 2
     radius = np.where(np.arange(n) % 2 == 1, inner, 1.0)

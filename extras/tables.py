@@ -121,8 +121,8 @@ def markdown(first: str, header: tuple[str, ...], rows: list[tuple[str, tuple]])
 # ------------------------------------------------------------------------------------- rows of our runs
 
 def read_json(path: Path, command: str) -> dict:
-    """A JSON object that a run left. If it is absent or damaged, InputError names `command`, which makes
-    it."""
+    """A JSON object that a run left. If it is absent or damaged,
+    InputError names `command`, which makes it."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
