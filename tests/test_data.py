@@ -182,9 +182,9 @@ def test_coco_format_is_read_as_coco_means_it(folder):
 
 
 @pytest.mark.parametrize("part, key, value, says", [
-    ("images", "width", "wide", "images.0.*width and height are no positive integers"),
-    ("images", "id", 9, "images.1.*id is no integer of its own"),
-    ("categories", "id", 3, "categories.1.*id is no integer of its own"),
+    ("images", "width", "wide", "images.0.*width and height are not positive"),
+    ("images", "id", 9, "images.1.*id is not an integer, or another entry"),
+    ("categories", "id", 3, "categories.1.*id is not an integer, or another entry"),
     ("annotations", "bbox", [1, 2, -3, 4], "annotations.0.*negative"),
     ("annotations", "bbox", [1, 2, float("nan"), 4], "annotations.0.*not four finite"),
     ("annotations", "bbox", [1, 2, True, 4], "annotations.0.*not four finite"),
@@ -264,7 +264,7 @@ def test_file_names_stay_in_the_image_folder_and_links_may_lead_out(folder, name
     content["images"][1]["file_name"] = name
     monkeypatch.chdir(folder / "val")
     for images in (folder / "val", Path(".")):
-        with pytest.raises(InputError, match="leaves"):
+        with pytest.raises(InputError, match="not the name of a file inside"):
             coco_format(images, content, name="x")
 
 
