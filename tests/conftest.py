@@ -1,5 +1,8 @@
-"""Helpers of several test files: the folder of reference data, which a user does not have, and programs run
-as a user runs them."""
+"""Helpers of several test files: programs run as a user runs them, and the reference data, which a user
+does not have."""
+import contextlib
+import importlib
+import io
 import os
 import signal
 import subprocess
@@ -9,36 +12,44 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import engine
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 SHARED = Path(os.environ.get("FPDETR_REFERENCE_DATA", ROOT.parent / "shared"))
 
 
-# Results on a GPU differ in the last bits, so programs are tested on the CPU.
-CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-
-
-def run(folder, *command, code=0):
-    """Runs a program of the project in a folder: run(tmp_path, "finetune.py", "--epochs", 1)."""
-    done = subprocess.run([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], cwd=folder,
-                          text=True, capture_output=True, env=CPU, timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+def run(folder, program, *flags):
+    """Runs a program in a process of its own: run(tmp_path, "finetune.py", "--epochs", 1)."""
+    cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # results on a GPU differ in the last bits
+    command = [sys.executable, str(ROOT / program), *map(str, flags)]
+    done = subprocess.run(command, cwd=folder, text=True, capture_output=True, env=cpu, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
-def refused(folder, *command, says):
-    """Exit code 2 and one line that holds `says`. Nothing is written."""
-    before = sorted(folder.rglob("*"))
-    done = run(folder, *command, code=2)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and says in lines[0], done.stderr
+def call(folder, program, *flags, **options):
+    """The same in this process, which saves the imports. options: what a fork passes to main()."""
+    main = importlib.import_module(program.removesuffix(".py")).main
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [program, *map(str, flags)])
+        engine.run_script(main, **options)
+
+
+def refused(folder, program, *flags, says):
+    """The program prints one line that contains `says`, exits with code 2 and writes nothing."""
+    before, printed = sorted(folder.rglob("*")), io.StringIO()
+    with contextlib.redirect_stderr(printed), pytest.raises(SystemExit) as stop:
+        call(folder, program, *flags)
+    errors = [line for line in printed.getvalue().splitlines() if "error: " in line]
+    assert stop.value.code == 2 and len(errors) == 1 and says in errors[0], printed.getvalue()
     assert sorted(folder.rglob("*")) == before
 
 
 @pytest.fixture(autouse=True)
 def default_sigterm():
-    """A run's main(), called inside a test, takes SIGTERM over."""
+    """Restores the handler of SIGTERM, which the main() of a stage replaces."""
     yield
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -54,8 +65,8 @@ def shared():
 
 
 def deform_attn_inputs(shapes, B, Q, M, C, P, dtype, seed=0):
-    """Random (value, reference points, offsets, logits) of `ms_deform_attn`. References are in float32 or
-    wider, and some lie outside of the map."""
+    """Random (value, reference points, offsets, logits) of `ms_deform_attn`. Reference points are in
+    float32 or wider. Some lie outside the map."""
     g = torch.Generator().manual_seed(seed)
     S, L = sum(h * w for h, w in shapes), len(shapes)
     value, offsets, logits = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in (

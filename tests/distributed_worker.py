@@ -1,6 +1,7 @@
-"""What test_distributed.py starts, alone or under torchrun: programs of this project, one after another in
-the same processes, with their steps noted. Its argument is [[program, flags, {option of `record`: value}],
-...] as JSON.
+"""Runs programs of this project one after another and records their training steps. test_distributed.py
+starts it, alone or under torchrun.
+
+The argument is [[program, flags, options of `record`], ...] as JSON.
 """
 import json
 import os
@@ -17,10 +18,12 @@ import engine
 
 
 def record(program: str, flags: list[str], notes: str = "", victim: int = -1) -> None:
-    """Runs a program's main(). With `notes`, every process of a training leaves NOTES-RANK.pt: {"gradient":
-    {name: the first step's, summed up}, "losses": [of each step's total batch], "shares": [how many images
-    of each step were this process's own], "weights": {name: at the end}}. The process `victim` is killed
-    when it begins its third step."""
+    """Runs a program's main(). The process `victim` kills itself at the start of its third step.
+
+    notes: if given, each process writes NOTES-RANK.pt with {"gradient": {name: sum over processes in the
+    first step}, "losses": [of the total batch, per step], "shares": [number of images of this process,
+    per step], "weights": {name: at the end}}.
+    """
     module, noted = import_module(program), {"losses": [], "shares": []}
     train_step, sum_gradients = getattr(module, "train_step", None), engine.sum_gradients
 
@@ -29,7 +32,8 @@ def record(program: str, flags: list[str], notes: str = "", victim: int = -1) ->
         noted.setdefault("gradient", {k: p.grad.clone() for k, p in model.named_parameters()})
 
     def noting_step(model, optimizer, batch, *rest, **options):
-        noted["shares"].append(len(batch) if torch.is_tensor(batch) else sum(len(x) for x, _, _ in batch))
+        images = [batch] if torch.is_tensor(batch) else [part for part, _, _ in batch]
+        noted["shares"].append(sum(len(part) for part in images))
         if engine.rank() == victim and len(noted["shares"]) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         losses = train_step(model, optimizer, batch, *rest, **options)
@@ -44,7 +48,8 @@ def record(program: str, flags: list[str], notes: str = "", victim: int = -1) ->
 
 
 def main(begin=dist.init_process_group) -> None:
-    dist.init_process_group = lambda backend: dist.is_initialized() or begin(backend)  # one for all programs
+    # All programs share one process group.
+    dist.init_process_group = lambda backend: dist.is_initialized() or begin(backend)
     for program, flags, options in json.loads(sys.argv[1]):
         record(program, flags, **options)
 

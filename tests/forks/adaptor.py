@@ -1,4 +1,4 @@
-"""A fork with a new task adaptor: every query learns of the others by the maximum over all (as in PointNet).
+"""A fork with a new task adaptor: each query sees the maximum over all queries, as in PointNet.
 
     PYTHONPATH=. python tests/forks/adaptor.py --data shapes-hard     (any flag of finetune.py)
 """
@@ -14,7 +14,7 @@ class MaxAdaptor(nn.Module):
         super().__init__()
         self.own, self.all, self.norm = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.LayerNorm(dim)
 
-    def forward(self, extra: Tensor, positions: Tensor, memory: Tensor, index: int) -> tuple[Tensor, Tensor]:
+    def forward(self, extra: Tensor, positions: Tensor, memory: Tensor, index: int) -> tuple:
         related = self.own(extra) + self.all((extra + positions).amax(1, keepdim=True))  # (B, Q, D)
         return self.norm(extra + related), memory
 

@@ -14,9 +14,9 @@ def voc(data: str, split: str, image_size=800, augment="none", seed=0, limit=Non
         size = {side: int(tree.findtext(f"size/{side}")) for side in ("width", "height")}
         images.append({"id": i, "file_name": f"{name}.jpg", **size})
         for thing in tree.iter("object"):
-            x0, y0, x1, y1 = (float(thing.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax"))
-            box = [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1]  # VOC counts pixels from 1
-            objects.append((thing.findtext("name"), i, box))
+            x0, y0, x1, y1 = (float(thing.findtext(f"bndbox/{side}"))
+                              for side in ("xmin", "ymin", "xmax", "ymax"))  # counted from 1
+            objects.append((thing.findtext("name"), i, [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1]))
     names = sorted({name for name, _, _ in objects})
     content = {"images": images, "categories": [{"id": i, "name": n} for i, n in enumerate(names)],
                "annotations": [{"category_id": names.index(name), "image_id": i, "bbox": box}

@@ -1,5 +1,5 @@
-"""A fork with iterative box refinement (Deformable DETR, A.4): each layer's boxes are relative to those of
-the layer before, whose centres are also where its queries look.
+"""A fork with iterative box refinement (Deformable DETR, A.4). Each layer predicts its boxes relative to
+those of the layer before, and its queries look at their centres.
 
     PYTHONPATH=. python tests/forks/refinement.py --data shapes-hard     (any flag of finetune.py)
 """

@@ -14,9 +14,9 @@ from model import Classifier, Config, Detector
 
 def convolutional(kind: type[nn.Module], config: Config, num_classes: int) -> nn.Module:
     model, d = kind(config, num_classes), config.tokenizer_dim
-    levels = [(3, 32), (32, 64), (64, d)], [(d, d)], [(d, d)], [(d, d)]  # a stride of 2 each: 8, 16, 32, 64
+    levels = [(3, 32), (32, 64), (64, d)], [(d, d)], [(d, d)], [(d, d)]  # strides 8, 16, 32, 64
     model.encoder.tokenizer.convs = nn.ModuleList(nn.Sequential(*(
-        nn.Sequential(nn.Conv2d(a, b, 3, 2, padding=1), nn.ReLU()) for a, b in level)) for level in levels)
+        nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.ReLU()) for a, b in level)) for level in levels)
     return model
 
 
