@@ -76,8 +76,8 @@ def write_found_data(folder, results: list[dict]) -> None:
 
 @pytest.fixture(scope="module", params=["cpu", "cuda"])
 def runs(request, tmp_path_factory):
-    """Two trainings and an evaluation in `folder`, first in one process, then in two (with gloo on CPUs,
-    with NCCL on GPUs). In one more training, the second process is killed. stderr: of the two processes.
+    """Two trainings and an evaluation in `folder`, in one process, then in two (gloo on CPUs, NCCL on
+    GPUs). In one more training, the second process is killed. stderr: of the two processes.
     """
     if request.param == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs 2 GPUs")
