@@ -299,13 +299,18 @@ def read_batches(loader: DataLoader) -> Iterator:
     the same step, so that they save and stop together."""
     batches = iter(loader)
     while True:
-        batch, errors = None, []
+        batch, error = None, None
         try:
             batch = next(batches, None)
-        except InputError as e:
-            errors = [str(e)]
-        if any_process(bool(errors)):
-            raise InputError(gather(errors)[0])
+        except Exception as e:
+            # Its traceback refers to itself and to `batches`. The data loading processes ignore SIGTERM,
+            # so they end only when nothing refers to `batches`.
+            error = e.with_traceback(None)
+            del batches
+        if error is not None and not isinstance(error, InputError):
+            raise error
+        if any_process(error is not None):
+            raise InputError(gather([] if error is None else [str(error)])[0])
         if batch is None:
             return
         yield batch
