@@ -103,7 +103,7 @@ MACHINE_FLAGS = {"data_root", "workers", "device", "micro_batch", "activation_ch
 
 
 def add_training_flags(parser: argparse.ArgumentParser, variants: dict) -> argparse._ArgumentGroup:
-    """Adds the flags that both stages have, except the numbers of their recipes. Returns the group of the
+    """Adds the flags that both stages have, except the numbers of their recipes. Returns the group of
     machine flags."""
     parser.add_argument("--variant", choices=variants, default="tiny",
                         help="size of the model, Table 1 (tiny is ours)")
@@ -246,8 +246,8 @@ def gather(items: list) -> list:
 # --------------------------------------------------------------------------------------------- batches
 
 class BatchSampler:
-    """Shuffled batches of indices, of which each process gets its share. The total batches depend on the
-    seed and the epoch only, not on the number of processes. The last one of an epoch may be smaller.
+    """Shuffled batches of indices. Each process gets its share of a batch. The total batches depend on
+    the seed and the epoch only, not on the number of processes. The last one of an epoch may be smaller.
     `skip`: how many batches of the epoch a resumed run has seen already."""
 
     def __init__(self, length: int, batch_size: int, seed: int):

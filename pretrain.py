@@ -166,7 +166,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--class-tokens", type=engine.positive, default=1,
                         help="pooled into one before the classifier (A.2, Table 7: 300 for FP-EncDec)")
     machine = engine.add_training_flags(parser, VARIANTS)
-    machine.add_argument("--compile", action="store_true", help="torch.compile: slow start, faster steps")
+    machine.add_argument("--compile", action="store_true",
+                         help="torch.compile: slow start, faster steps")
     parser.set_defaults(micro_batch=128)
 
     known, _ = parser.parse_known_args(arguments)
