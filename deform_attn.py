@@ -353,11 +353,15 @@ def forced_path() -> str:
     return path
 
 
+warned: set[str] = set()  # device types for which a warning was shown
+
+
 def can_use_kernel(device: torch.device, value: torch.dtype, reference: torch.dtype,
                    offset: torch.dtype, logit: torch.dtype, C: int, M: int, L: int, P: int) -> bool:
     """Returns whether the kernel can run on such inputs. Loads it.
 
-    Warns once if it should run but cannot. Raises ValueError if FPDETR_DEFORM_ATTN demands it in vain.
+    Warns once per device type if it should run but cannot. Raises ValueError if FPDETR_DEFORM_ATTN
+    demands it in vain.
     """
     forced = forced_path()
     if forced == "reference":
@@ -371,14 +375,26 @@ def can_use_kernel(device: torch.device, value: torch.dtype, reference: torch.dt
         problem = loading_error(KernelConfig(architecture(device), value, offset, logit, C, M, L, P))
     if forced and problem:
         raise ValueError(f"FPDETR_DEFORM_ATTN={forced} cannot work here: {problem}")
-    if problem:
-        warn_once(problem)
+    if problem and device.type not in warned:
+        warned.add(device.type)
+        warnings.warn(f"deformable attention runs in grid_sample, several times more slowly: "
+                      f"{problem[:400]}", stacklevel=2)
     return supported and not problem
 
 
 # torch.compile calls it once, while tracing, and takes the result for a constant. The function
 # torch.compiler.assume_constant_result sets the same flag, but imports torch._dynamo.
 can_use_kernel._dynamo_marked_constant = True
+
+
+def operator_path(model: nn.Module, device: torch.device, bf16: bool) -> str:
+    """Names the path that the attention of a model on `device` takes. Loads the kernel."""
+    attention = next(m for m in model.modules() if isinstance(m, MSDeformAttn))
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    channels = attention.value_proj.out_features // attention.heads
+    sizes = channels, attention.heads, attention.levels, attention.points
+    compiled = can_use_kernel(device, dtype, torch.float32, dtype, dtype, *sizes)
+    return f"the compiled kernel ({architecture(device)})" if compiled else "grid_sample"
 
 
 @functools.cache
@@ -389,12 +405,6 @@ def loading_error(config: KernelConfig) -> str:
         return ""
     except OSError as e:
         return " ".join(str(e).split()) or type(e).__name__
-
-
-@functools.cache
-def warn_once(problem: str) -> None:
-    warnings.warn(f"deformable attention runs in grid_sample, several times more slowly: "
-                  f"{problem[:400]}", stacklevel=2)
 
 
 # --------------------------------------------------------------------------------------- compiling
@@ -439,6 +449,9 @@ def nvrtc_library() -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
+COMPILER_SECONDS = 120  # a compiler that takes longer has hung
+
+
 def compile_for_cpu(definitions: list[str]) -> bytes:
     """Returns a shared library for this machine."""
     compiler = cpp_compiler()
@@ -450,7 +463,11 @@ def compile_for_cpu(definitions: list[str]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         for openmp in (["-fopenmp"], []):  # Apple's clang has no OpenMP: one thread does all the work
             command = [compiler, *flags, *openmp, *definitions, str(SOURCE), "-o", f"{folder}/kernel"]
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, errors="replace",
+                                      timeout=COMPILER_SECONDS)
+            except subprocess.TimeoutExpired:
+                raise OSError(f"{compiler} took more than {COMPILER_SECONDS} seconds") from None
             if done.returncode == 0:
                 return Path(folder, "kernel").read_bytes()
     raise OSError(f"{compiler}: {done.stderr.strip()}")
@@ -460,12 +477,24 @@ def cpp_compiler() -> str:
     return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or ""
 
 
-def build_kernel(config: KernelConfig) -> Path:
-    """Returns the file of the compiled kernel. Compiles it if the file does not exist yet."""
+def cpu_model() -> str:
+    """Returns the name and instruction sets of this machine's CPU. -march=native depends on them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return str(sorted({x for x in lines if x.startswith(("model name", "flags", "Features"))}))
+
+
+def build_kernel(config: KernelConfig, anew: bool = False) -> Path:
+    """Returns the file of the compiled kernel: its code, then the SHA-256 of it in 32 bytes.
+
+    Compiles it if the file is not there or damaged, or if it is to be made anew.
+    """
     if not hasattr(os, "getuid"):
         raise OSError(f"the kernel is not built on {platform.system()}")
-    compiler = os.path.realpath(cpp_compiler())  # the real name of a compiler contains its version
-    machine = f"{compiler} {platform.node()} {platform.machine()} {torch.version.cuda}"
+    compiler = os.path.realpath(cpp_compiler() or "/")  # the real name contains the version
+    machine = f"{compiler} {cpu_model()} {torch.version.cuda}"
     build = f"{config.definitions()} {machine}".encode()
     key = hashlib.sha256(SOURCE.read_bytes() + Path(__file__).read_bytes() + build).hexdigest()
     folder = Path(tempfile.gettempdir(), f"fpdetr-{os.getuid()}")
@@ -473,12 +502,13 @@ def build_kernel(config: KernelConfig) -> Path:
     if folder.stat().st_uid != os.getuid():  # never load code that another user wrote
         raise OSError(f"{folder} belongs to another user")
     path = folder / f"deform_attn-{config.arch}-{key[:16]}.bin"
-    if not path.exists():
+    content = path.read_bytes() if path.exists() else b""
+    if anew or hashlib.sha256(content[:-32]).digest() != content[-32:]:
         code = compile_kernel(config)
         # Several processes or threads may build it at once. Each writes and renames a file of its own.
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            file.write(code)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            Path(own, "kernel").write_bytes(code + hashlib.sha256(code).digest())
+            os.replace(Path(own, "kernel"), path)
     return path
 
 
@@ -488,16 +518,27 @@ def build_kernel(config: KernelConfig) -> Path:
 def load_kernel(config: KernelConfig) -> dict[str, object]:
     """Returns {"forward": ..., "backward": ...}: functions of a CPU kernel, handles of a GPU kernel.
 
-    Builds the kernel first if necessary. Raises OSError if it cannot be built or loaded.
+    Builds the kernel first if necessary, and once more if it cannot be loaded. Raises OSError if it
+    cannot be built or loaded.
     """
-    names = {"forward": "ms_deform_attn_forward", "backward": "ms_deform_attn_backward"}
+    if config.arch != "cpu":
+        cuda_driver()  # raises OSError if building would be in vain
     path = build_kernel(config)
-    if config.arch == "cpu":
+    try:
+        return load_file(path, config.arch)
+    except OSError:
+        return load_file(build_kernel(config, anew=True), config.arch)
+
+
+def load_file(path: Path, arch: str) -> dict[str, object]:
+    """Loads a file of build_kernel. Arguments and result: as in load_kernel."""
+    names = {"forward": "ms_deform_attn_forward", "backward": "ms_deform_attn_backward"}
+    if arch == "cpu":
         library = ctypes.CDLL(str(path))
         return {direction: getattr(library, name) for direction, name in names.items()}
     # A library of the driver belongs to no device, so all GPUs of this architecture share it.
     driver, library = cuda_driver(), ctypes.c_void_p()
-    code, no_options = path.read_bytes(), (None, None, 0)
+    code, no_options = path.read_bytes()[:-32], (None, None, 0)
     check_cuda(driver.cuLibraryLoadData(ctypes.byref(library), code, *no_options, *no_options))
     kernels = {direction: ctypes.c_void_p() for direction in names}
     for direction, name in names.items():

@@ -7,6 +7,7 @@ import argparse
 import errno
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -15,15 +16,22 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 # -------------------------------------------------------------------------------- errors and the script
 
@@ -31,11 +39,32 @@ class InputError(ValueError):
     """Something that the user gave cannot be used. The message is one line: what, where, the remedy."""
 
 
+class Terminated(BaseException):
+    """SIGTERM came while the run waited for data or evaluated. (Not an Exception, because code that
+    reads damaged files catches those.)"""
+
+
+def note(text: str) -> None:
+    """Prints something that is no error but should be known. The first process does it."""
+    if rank() == 0:
+        tqdm.write(f"note: {text}")
+
+
 def run_script(main: Callable, **options) -> None:
     """Runs main(**options). Prints a user's mistake as one line, not as a traceback; exit code 2."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook names one that only works inside of it
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # for terminals that know ASCII only
     code, text = 2, ""
     try:
-        main(**options)
+        try:
+            main(**options)
+        finally:
+            sys.stdout.flush()  # a closed pipe is noticed here and not at the exit
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
+        sys.exit(141)  # what a shell reports for it
     except torch.OutOfMemoryError:
         text = ("error: the GPU's memory is full: give a smaller --micro-batch (the batch stays the "
                 "same, in more parts); in an evaluation, a smaller --batch-size")
@@ -46,10 +75,14 @@ def run_script(main: Callable, **options) -> None:
         # An error in a data loading process arrives with that process's traceback in front.
         text = f"error: {str(e).splitlines()[-1].rpartition('InputError: ')[2]}"
     except RuntimeError as e:
-        if not isinstance(e, dist.DistError) and "gloo" not in str(e):  # gloo raises plain RuntimeErrors
+        if "DataLoader worker" in str(e) and ("killed" in str(e) or "exited" in str(e)):
+            text = (f"error: {str(e).splitlines()[0]}: if memory was short, give fewer --workers; --resume "
+                    f"goes on from the last checkpoint")
+        elif isinstance(e, dist.DistError) or "gloo" in str(e):  # gloo raises plain RuntimeErrors
+            text = (f"error: process {rank()} lost contact with another one, which printed its reason; "
+                    f"--resume goes on")
+        else:
             raise
-        text = (f"error: process {rank()} lost contact with another one, which printed its reason; "
-                f"--resume goes on")
     except FileNotFoundError as e:
         text = f"error: {e.filename} is missing"
     except OSError as e:  # while writing a log or a picture
@@ -146,7 +179,7 @@ def add_device_flags(parser: argparse.ArgumentParser, machine: argparse._Actions
                          default="cuda" if torch.cuda.is_available() else "cpu",
                          help="where to compute (default: the GPU if there is one)")
     parser.add_argument("--amp", choices=("bf16", "off"),
-                        help="mixed precision (default: bf16 on GPUs, off on CPUs)")
+                        help="mixed precision (default: bf16 on GPUs that have it, else off)")
 
 
 def as_flags(recipe: dict) -> str:
@@ -174,7 +207,12 @@ def setup(args: argparse.Namespace) -> torch.device:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but torch sees no GPU: use --device cpu")
     device = torch.device(args.device)
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+                   if name not in os.environ]
+        if missing:
+            raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} not "
+                             f"set: start with torchrun, or unset WORLD_SIZE for one process")
         if device.type == "cuda":
             if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
                 raise InputError(f"there are more processes than the {torch.cuda.device_count()} GPUs: "
@@ -183,7 +221,9 @@ def setup(args: argparse.Namespace) -> torch.device:
             torch.cuda.set_device(device)
         # gloo serves tensors on the CPU, so that exchanging a flag does not wait for the GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    args.amp = args.amp or ("bf16" if device.type == "cuda" else "off")
+    # Emulated on older GPUs, it is slower than float32.
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    args.amp = args.amp or ("bf16" if has_bf16 else "off")
     torch.manual_seed(args.seed)
     return device
 
@@ -281,11 +321,42 @@ class BatchSampler:
         return epochs * self.length + min(steps * self.batch_size, self.length)
 
 
-def training_loader(dataset: Dataset, sampler: BatchSampler, collate: Callable,
-                    args: argparse.Namespace, device: torch.device) -> DataLoader:
-    """Loads the sampler's batches in --workers processes. `collate` makes a batch of a list of items."""
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.workers,
-                      pin_memory=device.type == "cuda", worker_init_fn=ignore_sigterm)
+# Tensors pass from process to process by the name of a file in /dev/shm. By torch's default, each tensor
+# of a batch keeps a file open; a batch of 256 images then needs more than the usual limit of 1,024.
+torch.multiprocessing.set_sharing_strategy("file_system")
+
+
+def make_loader(dataset: Dataset, collate: Callable, args: argparse.Namespace, device: torch.device,
+                **batches) -> DataLoader:
+    """Loads batches in --workers processes. collate: makes a batch of a list of items. batches: the
+    arguments batch_sampler or batch_size of a DataLoader."""
+    return DataLoader(dataset, collate_fn=partial(collate_and_share, collate), num_workers=args.workers,
+                      pin_memory=device.type == "cuda", worker_init_fn=ignore_sigterm, **batches)
+
+
+def collate_and_share(collate: Callable, samples: list) -> object:
+    """collate(samples), with all tensors moved to shared memory in a loading process. Torch would do it
+    in a thread, where an error makes the main process wait for ever."""
+    try:
+        batch = collate(samples)
+        if get_worker_info() is not None:
+            share(batch)
+    except RuntimeError as e:
+        if "shared memory" not in str(e) and "shm" not in str(e):
+            raise
+        raise InputError(f"the shared memory of the data loading processes is full ({e}): give fewer "
+                         f"--workers, or 0, or more memory (docker run --shm-size=8g)") from None
+    return batch
+
+
+def share(batch: object) -> None:
+    """Moves the tensors in nested lists, tuples and dicts to shared memory."""
+    if isinstance(batch, Tensor):
+        if batch.numel():
+            batch.share_memory_()
+    elif isinstance(batch, (list, tuple, dict)):
+        for part in batch.values() if isinstance(batch, dict) else batch:
+            share(part)
 
 
 def ignore_sigterm(_: int) -> None:
@@ -294,23 +365,34 @@ def ignore_sigterm(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def read_batches(loader: DataLoader) -> Iterator:
-    """The loader's batches. If a process meets a broken image, all processes raise its InputError before
-    the same step, so that they save and stop together."""
+def kill_loading_processes() -> None:
+    """Ends them at once. Waiting would take as long as reading their images."""
+    if hasattr(signal, "SIGCHLD"):  # by which torch raises an error when one of them ends
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+def read_batches(loader: DataLoader, run: "Run") -> Iterator:
+    """The loader's batches. If a process meets a broken image, or gets SIGTERM, all processes raise its
+    InputError, or Terminated, before the same step, so that they save and stop together."""
     batches = iter(loader)
     while True:
         batch, error = None, None
         try:
-            batch = next(batches, None)
-        except Exception as e:
+            with run.interruptible():
+                batch = next(batches, None)
+        except (Exception, Terminated) as e:
             # Its traceback refers to itself and to `batches`. The data loading processes ignore SIGTERM,
             # so they end only when nothing refers to `batches`.
             error = e.with_traceback(None)
             del batches
-        if error is not None and not isinstance(error, InputError):
+        if error is not None and not isinstance(error, (InputError, Terminated)):
             raise error
         if any_process(error is not None):
-            raise InputError(gather([] if error is None else [str(error)])[0])
+            reasons = [text for text in gather([] if error is None else [str(error)]) if text]
+            raise InputError(reasons[0]) if reasons else Terminated
         if batch is None:
             return
         yield batch
@@ -348,6 +430,27 @@ def progress_bar(what: str, images: int, done: int) -> tqdm:
     """A bar over the images of a run, with their rate and the time left. The first process shows it."""
     return tqdm(total=images, initial=done, unit="img", desc=what, smoothing=0.05, mininterval=1,
                 disable=rank() > 0)
+
+
+def check_epochs(args: argparse.Namespace, state: dict, steps: int) -> None:
+    """Raises InputError if a resumed run has taken more steps than --epochs allows. steps: per epoch."""
+    done, planned = math.ceil(state["step"] / steps), state.get("args", {}).get("epochs", args.epochs)
+    if done > args.epochs:
+        raise InputError(f"the run to resume is in epoch {done}: give --epochs {done} or more")
+    if args.epochs != planned and args.schedule != "step":
+        note(f"--schedule {args.schedule} depends on --epochs: with {args.epochs} instead of {planned}, the "
+             f"learning rate jumps")
+
+
+def first_line(args: argparse.Namespace, model: nn.Module, train: Dataset, steps: int,
+               device: torch.device, operator: str) -> None:
+    """Prints what will be trained on what. steps: per epoch. operator: the path of the attention."""
+    if rank() == 0:
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        precision = "bfloat16" if args.amp == "bf16" else "float32"
+        print(f"{args.variant}: {parameters:.1f}M parameters, {len(train.classes)} classes, "
+              f"{train.describe()}, {steps:,} steps per epoch, {steps * args.epochs:,} in all, "
+              f"{world_size()} x {device.type}, {precision}, attention by {operator}")
 
 
 def check_classes(train: Dataset, val: Dataset) -> None:
@@ -400,30 +503,28 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def describe_run(model: nn.Module, args: argparse.Namespace, stage: str, classes: list[str],
-                 images: int) -> dict:
+                 images: int, **content: str) -> dict:
     """The part of a checkpoint that says which run made it. A model can be built from it, and --resume
-    compares it. images: number of training images."""
+    compares it. images: number of training images. content: digests of the sets."""
     return {"stage": stage, "model_class": type(model).__name__, "config": asdict(model.encoder.config),
-            "layout": args.layout, "classes": classes, "images": images, "args": plain(args)}
+            "layout": args.layout, "classes": classes, "images": images, "content": content,
+            "args": plain(args)}
 
 
 def check_resumed(saved: dict, now: dict, path: Path) -> None:
     """Raises InputError in one line unless a checkpoint was made by the run that `now` describes: same
-    stage, model, classes, number of images and recipe. Machine flags may differ, and epochs may grow."""
+    stage, model, classes, sets and recipe. Machine flags may differ, and epochs may grow."""
     def identity(description: dict) -> dict:
         recipe = {f"--{k.replace('_', '-')}": v for k, v in description.get("args", {}).items()
                   if k not in MACHINE_FLAGS | {"epochs"}}
-        keys = ("stage", "model_class", "classes", "images")
-        return {**{k: description.get(k) for k in keys}, **description.get("config", {}), **recipe}
+        return {**{k: description.get(k) for k in ("stage", "model_class", "classes", "images")},
+                **description.get("content", {}), **description.get("config", {}), **recipe}
     before, today = identity(saved), identity(now)
     changed = [f"{k} {before.get(k)!s:.60} (now {today.get(k)!s:.60})" for k in {**before, **today}
                if before.get(k) != today.get(k)]
     if changed or "optimizer" not in saved:
         raise InputError(f"{path} cannot be resumed, it was made with {', '.join(changed) or 'less'}: "
                          f"give the same flags and data, or another --out")
-    if now["args"]["epochs"] < saved["epoch"]:
-        raise InputError(f"{path} has finished {saved['epoch']} epochs: give --epochs {saved['epoch']} "
-                         f"or more")
 
 
 def check_model_class(checkpoint: dict, name: str, path: str | Path) -> None:
@@ -476,32 +577,51 @@ def copy_weights(model: nn.Module, checkpoint: dict, stage: str, layout: str, pa
 # -------------------------------------------------------------------------------------- the run folder
 
 class Run:
-    """The folder that a run leaves: args.json, log.jsonl, curves.png, last.pt, best.pt, metrics.json and
-    the stage's picture."""
+    """The folder that a run leaves: args.json, log.jsonl, training.png, curves.png, last.pt, best.pt,
+    metrics.json and the stage's picture."""
     save_every = 600  # seconds between checkpoints inside an epoch
 
     def __init__(self, args: argparse.Namespace, stage: str):
         data = args.data if "/" not in args.data else Path(args.data).resolve().name
+        self.stage = stage
         self.folder = args.out or Path("runs") / f"{stage}-{args.variant}-{data}"
-        self.last = self.folder / "last.pt"
+        self.last, self.arguments = self.folder / "last.pt", self.folder / "args.json"
         self.resumed = args.resume and self.last.exists()
-        self.state = {"epoch": 0, "step": 0, "best": -1.0, "scores": {}}
+        self.state = {"epoch": 0, "step": 0, "best": -math.inf, "scores": {}}
         if self.resumed:
             self.state = load_checkpoint(self.last)
         elif args.resume and any((self.folder / name).exists() for name in ("best.pt", "metrics.json")):
             raise InputError(f"{self.last} is missing from a run that has results: move it back, or "
                              f"name another --out")
-        elif (self.folder / "args.json").exists() and not (args.resume or args.overwrite):
-            raise InputError(f"{self.folder} already holds a run: --resume goes on with it, --overwrite "
-                             f"replaces it, --out names another folder")
+        elif self.arguments.exists() and not (args.resume or args.overwrite):
+            raise self.holds_a_run()
         self.started = self.saved_at = time.time()
-        self.terminated = False
+        self.terminated = self.waiting = False
         signal.signal(signal.SIGTERM, self.on_sigterm)
 
+    def holds_a_run(self) -> InputError:
+        return InputError(f"{self.folder} already holds a run: --resume goes on with it, --overwrite "
+                          f"replaces it, --out names another folder")
+
     def on_sigterm(self, *_) -> None:
-        """Clusters send SIGTERM before they take a machine back. The loop
-        looks at the flag after each step."""
+        """Clusters send SIGTERM before they take a machine back. A step is finished first."""
         self.terminated = True
+        if self.waiting:
+            raise Terminated
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """In here, SIGTERM raises Terminated at once: while the run waits for data, or evaluates."""
+        if self.terminated:
+            raise Terminated
+        self.waiting = True
+        try:
+            yield
+        except Terminated:
+            kill_loading_processes()
+            raise
+        finally:
+            self.waiting = False
 
     def resume(self, model: nn.Module, description: dict) -> dict:
         """Loads the checkpoint's weights, if there is one to resume. Returns the counters to start from:
@@ -518,18 +638,46 @@ class Run:
         if rank():
             return
         try:
-            if args.overwrite and not args.resume and (self.folder / "args.json").exists():
-                shutil.rmtree(self.folder)
+            if self.arguments.exists() and args.overwrite and not args.resume:
+                self.remove(args)
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "args.json").write_text(json.dumps(plain(args), indent=1))
-            # A resumed run writes the entries after its checkpoint again.
-            kept = [e for e in self.read_log() if e["step"] <= self.state["step"]
-                    and ("loss" in e or e["epoch"] <= self.state["epoch"])]
-            temporary = self.folder / "log.tmp"
-            temporary.write_text("".join(json.dumps(e) + "\n" for e in kept))
-            temporary.replace(self.folder / "log.jsonl")
+            self.lock("r+" if self.arguments.exists() and args.resume else "x")
+            self.locked.truncate()
+            json.dump(plain(args), self.locked, indent=1)
+            self.locked.flush()
+        except FileExistsError:
+            raise self.holds_a_run() from None
         except OSError as e:
             raise InputError(f"cannot write into {self.folder}: {e.strerror}") from None
+        if args.resume:
+            log = self.folder / "log.jsonl"
+            if log.exists() and not log.read_bytes().endswith(b"\n"):  # a kill has cut off the last line
+                with open(log, "a", encoding="utf-8") as f:
+                    f.write("\n")
+            self.log(resumed=True, epoch=self.state["epoch"], step=self.state["step"])
+
+    def lock(self, mode: str) -> None:
+        """Opens args.json and holds a lock on it until this process ends: only one run writes here. (On
+        Windows, and where the file system has no locks, only "x" keeps two new runs apart.)"""
+        self.locked = open(self.arguments, mode, encoding="utf-8")
+        try:
+            if fcntl is not None:
+                fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"another process is training in {self.folder}: wait for it, or name "
+                             f"another --out") from None
+        except OSError:
+            pass
+
+    def remove(self, args: argparse.Namespace) -> None:
+        """Removes the folder for --overwrite, unless another run or this one needs it."""
+        for path in (".", args.data, args.data_root or "."):
+            if Path(path).resolve().is_relative_to(self.folder.resolve()):
+                raise InputError(f"--overwrite would remove {self.folder} and in it {path}, which this run "
+                                 f"needs: name another --out")
+        self.lock("r+")
+        self.locked.close()  # an open file cannot be removed on Windows
+        shutil.rmtree(self.folder)
 
     def save(self, description: dict, model: nn.Module, optimizer: torch.optim.Optimizer,
              **counters) -> None:
@@ -547,10 +695,6 @@ class Run:
         """Whether the last checkpoint is more than ten minutes old."""
         return time.time() - self.saved_at > self.save_every
 
-    def must_stop(self) -> bool:
-        """Whether SIGTERM has reached any process. All of them then stop after the same step."""
-        return any_process(self.terminated)
-
     def say_how_to_go_on(self, step: int) -> None:
         if not rank():
             tqdm.write(f"stopped by SIGTERM after step {step}; the same command with --resume goes on "
@@ -562,39 +706,51 @@ class Run:
             return
         entry["seconds"] = time.time() - self.started
         rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in entry.items()}
-        with open(self.folder / "log.jsonl", "a") as f:
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(rounded) + "\n")
 
     def read_log(self) -> list[dict]:
-        """The log's entries. A last line that a kill has cut off is left out."""
-        path, entries = self.folder / "log.jsonl", []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                entries.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return entries
+        return read_log(self.folder / "log.jsonl")
 
-    def finish(self, model: nn.Module, args: argparse.Namespace, val: Dataset, scores: dict) -> None:
+    def finish(self, model: nn.Module, args: argparse.Namespace, val: Dataset, scores: dict,
+               step: int) -> None:
         """Writes metrics.json (recipe, number of parameters, scores) and prints the scores."""
         if rank():
             return
         recipe = {k: v for k, v in plain(args).items() if k not in MACHINE_FLAGS}
         parameters = sum(p.numel() for p in model.parameters())
-        write_json(self.folder / "metrics.json", {**recipe, "parameters": parameters, "data": val.name,
-                                                  "images": len(val), **scores})
+        write_json(self.folder / "metrics.json", {
+            **recipe, "stage": self.stage, "step": step, "parameters": parameters, "data": val.name,
+            "images": len(val), **scores})
         minutes = (time.time() - self.started) / 60
         print(f"{val.name}, {len(val)} images, after {minutes:.1f} minutes: {in_percent(scores)}\n"
               f"everything of this run: {self.folder}")
 
 
+def read_log(path: Path) -> list[dict]:
+    """The entries of a log.jsonl. Entries that a resumed run wrote again replace the older ones. A last
+    line that a kill has cut off is left out."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if "resumed" in entry:  # from a checkpoint that knew of the entries up to this step
+            entries = [e for e in entries if e["step"] <= entry["step"]
+                       and ("loss" in e or e["epoch"] <= entry["epoch"])]
+        else:
+            entries.append(entry)
+    return entries
+
+
 def in_percent(scores: dict[str, float]) -> str:
-    """Scores in [0, 1] as one line. The metric gives -1 for a size that no object has."""
-    return ", ".join(f"{k} {100 * v:.1f}" for k, v in scores.items() if v >= 0)
+    """Scores in [0, 1] as one line. The metric gives -1 where there is no object, for example of a size."""
+    return ", ".join(f"{k} {100 * v:.1f}" if v >= 0 else f"{k} -" for k, v in scores.items())
 
 
 def write_json(path: Path, content: dict) -> None:
     """Writes to a temporary name and renames, so that a file of this name is always whole."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
     temporary.replace(path)

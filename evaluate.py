@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 import engine
@@ -62,9 +62,16 @@ def coco_metrics(ground_truth_json: str | Path | dict,
     Returns:
         {"AP", "AP50", "AP75", "APs", "APm", "APl"} in [0, 1]; -1 where no object has that size.
     """
+    return coco_metrics_by_class(ground_truth_json, detections)[0]
+
+
+def coco_metrics_by_class(ground_truth_json: str | Path | dict,
+                          detections: list[dict] | str | Path) -> tuple[dict[str, float], list[dict]]:
+    """`coco_metrics`, and for each class {"name", "objects", "AP"}: the number of its objects without
+    crowd regions, and its AP, -1 if it has none."""
     COCO, COCOeval = metric_library()
     if not isinstance(detections, list):
-        detections = json.loads(Path(detections).read_text())
+        detections = json.loads(Path(detections).read_bytes())
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth = COCO() if isinstance(ground_truth_json, dict) else COCO(str(ground_truth_json))
         if isinstance(ground_truth_json, dict):
@@ -84,7 +91,13 @@ def coco_metrics(ground_truth_json: str | Path | dict,
         scores.evaluate()
         scores.accumulate()
         scores.summarize()
-    return dict(zip(METRICS, (float(v) for v in scores.stats[:6])))
+    # (IoU thresholds, recalls, classes); all sizes and the most detections per image. -1: no object.
+    precision = scores.eval["precision"][:, :, :, 0, -1]
+    objects = [a["category_id"] for a in truth.dataset["annotations"] if not a.get("iscrowd")]
+    classes = [{"name": truth.cats[id]["name"], "objects": objects.count(id),
+                "AP": float(p[p > -1].mean()) if (p > -1).any() else -1.0}
+               for id, p in zip(scores.params.catIds, np.moveaxis(precision, 2, 0))]
+    return dict(zip(METRICS, (float(v) for v in scores.stats[:6]))), classes
 
 
 # -------------------------------------------------------------------------------------------- detection
@@ -123,7 +136,7 @@ def detect(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Namespa
     if any(isinstance(module, released.ReleasedTokenizer) for module in model.modules()):
         batch_size = 1
     mine = Subset(dataset, range(engine.rank(), len(dataset), engine.world_size()))  # no image twice
-    loader = DataLoader(mine, batch_size, num_workers=args.workers, collate_fn=pad_batch)
+    loader = engine.make_loader(mine, pad_batch, args, device, batch_size=batch_size)
     own = tqdm(total=len(dataset), desc=f"detecting on {dataset.name}", leave=False, unit="img",
                disable=engine.rank() > 0 or bar is not None)
     results = []
@@ -149,11 +162,13 @@ def result_dicts(found: dict[str, Tensor], image_id: int, category_ids: list[int
 
 
 @torch.no_grad()
-def detect_image(model: torch.nn.Module, image: Image.Image, args: argparse.Namespace,
-                 device: torch.device) -> dict[str, Tensor]:
-    """Detections on one picture, as `best_boxes` returns them."""
-    pixels = to_tensor(resize_to_test(image, args.image_size))[None].to(device)  # (1, 3, H, W)
-    with engine.autocast(args, device):
+def detect_image(model: torch.nn.Module, image: Image.Image, image_size: int = 800,
+                 amp: str = "off") -> dict[str, Tensor]:
+    """Detections on one RGB picture, as `best_boxes` returns them. image_size: the short side to test at,
+    usually that of the training. amp: "bf16" or "off"."""
+    device = next(model.parameters()).device
+    pixels = to_tensor(resize_to_test(image, image_size))[None].to(device)  # (1, 3, H, W)
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
         outputs = model(pixels)
     return best_boxes(outputs, [image.size])[0]
 
@@ -167,16 +182,23 @@ def resize_to_test(image: Image.Image, image_size: int) -> Image.Image:
 
 # ------------------------------------------------------------------------------------- COCO-C (Table 4)
 
-def evaluate_corruptions(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Namespace,
-                         device: torch.device) -> dict:
+def evaluate_corruptions(model: torch.nn.Module, dataset: DetectionSet, of: dict,
+                         args: argparse.Namespace, device: torch.device) -> dict:
     """Evaluates clean images and every corruption at every severity. Results are written to
     corruptions.json after each pass, so the same command goes on where it was interrupted.
 
+    Args:
+        of: what is evaluated.
     Returns:
         {"of": what was evaluated, "clean": metrics, "corruptions": {name: {severity: metrics}}}
     """
+    small = np.flatnonzero(dataset.annotations.sizes.min(1) < 32)
+    if len(small):  # found before the first pass
+        raise InputError(f"image {dataset.name_of(small[0])} is too small for the corruptions, which need "
+                         f"32 pixels a side: take it out of the annotations")
     path = args.out / "corruptions.json"
-    state = start_corruptions(path, args, dataset)
+    state = start_corruptions(path, {**of, "seed": args.seed,
+                                     "frost_dir": str(args.frost_dir or "generated")})
     passes = [("clean", 0)] + [(n, s) for n in args.corruptions for s in args.severities]
     todo = [(n, s) for n, s in passes
             if not (state["clean"] if n == "clean" else str(s) in state["corruptions"].get(n, {}))]
@@ -206,20 +228,22 @@ def corrupted_picture(image: Image.Image, image_id: int, **options) -> Image.Ima
     return corrupt_seeded(image, image_id, **options)
 
 
-def start_corruptions(path: Path, args: argparse.Namespace, dataset: DetectionSet) -> dict:
-    """The content of corruptions.json if it belongs to this evaluation, else a fresh one."""
-    of = {"model": args.model or args.checkpoint, "data": dataset.name, "images": len(dataset),
-          "image_size": args.image_size, "seed": args.seed,
-          "frost_dir": str(args.frost_dir or "generated")}
-    if args.checkpoint:  # a checkpoint that was trained further is another one
-        of["changed"] = Path(args.checkpoint).stat().st_mtime
-    if path.exists():
-        state = tables.read_json(path, "evaluate.py --corruptions")
-        if state.get("of") != of:
-            raise InputError(f"{path} holds another evaluation, of {state.get('of')}: remove it, or "
-                             f"name another folder by --out")
-        return state
-    return {"of": of, "clean": None, "corruptions": {}}
+def start_corruptions(path: Path, of: dict) -> dict:
+    """The content of corruptions.json if it belongs to the evaluation `of`, else a fresh one. Corrected
+    annotations start it anew. InputError if anything else differs."""
+    fresh = {"of": of, "clean": None, "corruptions": {}}
+    if not path.exists():
+        return fresh
+    state = tables.read_json(path, "evaluate.py --corruptions")
+    before = state.get("of", {})
+    differ = [k for k in {**before, **of} if before.get(k) != of.get(k)]
+    if set(differ) - {"annotations", "images"}:
+        changes = ", ".join(f"{k} {before.get(k)} (now {of.get(k)})" for k in differ)
+        raise InputError(f"{path} holds another evaluation, with {changes}: remove it, or name another "
+                         f"folder by --out")
+    if differ:
+        engine.note(f"the annotations have changed: {path} is made anew")
+    return fresh if differ else state
 
 
 def report_corruptions(state: dict, paper: str | None, args: argparse.Namespace) -> str:
@@ -229,29 +253,37 @@ def report_corruptions(state: dict, paper: str | None, args: argparse.Namespace)
     pictures.corruption_chart(CORRUPTIONS, row, clean, paper_row, args.out / "corruptions.png")
     rows = [("this model", row)] + ([(f"paper, {paper}", paper_row)] if paper else [])
     passes, all_passes = sum(map(len, state["corruptions"].values())), 5 * len(CORRUPTIONS)
-    partial_mean = "" if passes == all_passes else (
+    remarks = "" if passes == all_passes else (
         f", of {passes} of the {all_passes} corruptions and severities only")
+    if "frost" in state["corruptions"] and not args.frost_dir:
+        remarks += "; frost drawn, so not exactly comparable"
     return (f"{tables.markdown('Table 4', tables.HEADERS[4], rows)}\n"
-            f"clean AP {clean:.1f}, mean under corruption (mPC) {row[0]:.1f}, "
-            f"relative (rPC) {100 * row[0] / clean if clean else 0:.1f} %{partial_mean}")
+            f"clean AP {tables.cell(clean)}, mean under corruption (mPC) {tables.cell(row[0])}, relative "
+            f"(rPC) {tables.cell(100 * row[0] / clean if clean > 0 else tables.NONE)} %{remarks}")
 
 
 # --------------------------------------------------------------------------------------------- pictures
 
 def draw_files(model: torch.nn.Module, classes: list[str], args: argparse.Namespace,
                device: torch.device) -> None:
-    """--images: writes each picture with its detections; with --attention
-    also where the best ones looked."""
+    """--images: prints the detections on each picture and writes them as a picture and as JSON; with
+    --attention draws where the best ones looked, too."""
     images = {Path(p).stem: read_image(p) for p in args.images}  # all are read before any is written
     if len(images) < len(args.images):
         raise InputError("two of the --images have the same name, and so would their pictures: draw "
                          "them one by one")
     make_folder(args.out)
     for name, image in images.items():
-        found = detect_image(model, image, args, device)
+        found = detect_image(model, image, args.image_size, args.amp)
         path = args.out / f"{name}-detections.png"
         pictures.draw_detections(image, found, classes, args.threshold).save(path)
-        print(f"{path}: {int((found['scores'] >= args.threshold).sum())} objects")
+        rows = zip(*(found[k].tolist() for k in ("labels", "scores", "boxes")))
+        objects = [{"class": classes[label], "score": round(score, 4), "box": [round(v, 1) for v in box]}
+                   for label, score, box in rows if score >= args.threshold]
+        engine.write_json(path.with_suffix(".json"), objects)
+        print(f"{path} and .json: {len(objects)} objects scoring {args.threshold} or more")
+        for o in objects:
+            print(f"  {o['score']:.2f} {o['class']}, corners {', '.join(map(str, o['box']))}")
         if args.attention:
             draw_attention(model, image, classes, args, device, args.out / f"{name}-attention.png")
 
@@ -280,8 +312,7 @@ def draw_attention(model: torch.nn.Module, image: Image.Image, classes: list[str
 FIGURE_CORRUPTIONS = ("gaussian_noise", "motion_blur", "snow", "contrast", "jpeg_compression")
 
 
-def draw_figure(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Namespace,
-                device: torch.device) -> None:
+def draw_figure(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Namespace) -> None:
     """--figure N, like Figure 3: a row for each of the first N images, clean
     and corrupted, with their detections."""
     names = args.corruptions or FIGURE_CORRUPTIONS
@@ -293,7 +324,7 @@ def draw_figure(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Na
             if name is not None:
                 image = corrupted_picture(image, record.id, name=name, severity=severity,
                                           seed=args.seed, frost_dir=args.frost_dir)
-            found = detect_image(model, image, args, device)
+            found = detect_image(model, image, args.image_size, args.amp)
             cells.append(pictures.draw_detections(image, found, dataset.classes, args.threshold))
     titles = ["clean", *(f"{n.replace('_', ' ')} {severity}" for n in names)]
     pictures.sheet_of(cells, columns=len(titles), titles=titles).save(args.out / "figure.png")
@@ -310,7 +341,8 @@ def make_folder(path: Path) -> None:
 # ------------------------------------------------------------------------------------------ the command
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=engine.Help,
+                                     allow_abbrev=False)
     parser.add_argument("checkpoint", nargs="*",
                         help="a checkpoint of finetune.py or of the authors; with --table: run folders")
     parser.add_argument("--predictions", metavar="FILE", help="score this COCO result file instead")
@@ -377,7 +409,8 @@ def load_detector(path: str | Path,
         if checkpoint["layout"] == "released":
             released.released_layout(model)
         engine.check_model_class(checkpoint, type(model).__name__, path)
-        model.to(checkpoint["model"]["queries.position"].dtype).load_state_dict(checkpoint["model"])
+        dtype = checkpoint["model"]["queries.position"].dtype
+        model.to(torch.promote_types(dtype, torch.float32)).load_state_dict(checkpoint["model"])
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
@@ -386,22 +419,29 @@ def load_detector(path: str | Path,
     return model.eval(), checkpoint
 
 
-def compare_classes(dataset: DetectionSet, classes: list[str], checkpoint: str) -> None:
-    if len(dataset.classes) != len(classes):
+def match_classes(dataset: DetectionSet, classes: list[str], checkpoint: str) -> None:
+    """Puts the classes of a set into the model's order, by their names. InputError if the names differ."""
+    unnamed = classes == [f"class {i}" for i in range(len(dataset.classes))]  # in some authors' files
+    if dataset.classes == classes or unnamed:
+        return
+    if sorted(dataset.classes) != sorted(classes) or len(set(classes)) < len(classes):
+        differ = ", ".join(sorted(set(dataset.classes) ^ set(classes)))[:200]
         raise InputError(f"{checkpoint} was trained on {len(classes)} classes, {dataset.name} has "
-                         f"{len(dataset.classes)}: evaluate it on the data it was trained for")
-    if dataset.classes != classes:
-        print(f"note: class names differ: {checkpoint} has {', '.join(classes[:5])} ..., "
-              f"{dataset.name} has {', '.join(dataset.classes[:5])} ...")
+                         f"{len(dataset.classes)}, with other names ({differ}): rename them, or write "
+                         f"detections with this set's category ids into a COCO result file and score it "
+                         f"by --predictions")
+    id_of = dict(zip(dataset.classes, dataset.category_ids))
+    dataset.classes, dataset.category_ids = classes, [id_of[name] for name in classes]
+    engine.note(f"{dataset.name} has the classes in another order than {checkpoint}: matched by name")
 
 
 def read_results(path: str, dataset: DetectionSet) -> list[dict]:
     """A COCO result file, checked. Raises InputError at its first bad entry."""
     try:
-        results = json.loads(Path(path).read_text())
+        results = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"results {path} cannot be read ({e})") from None
-    images, categories = {r.id for r in dataset.records}, set(dataset.category_ids)
+    images, categories = set(dataset.annotations.image_ids.tolist()), set(dataset.category_ids)
     for i, entry in enumerate(results if isinstance(results, list) else [None]):
         try:
             good = (type(entry["image_id"]) is int and entry["image_id"] in images
@@ -428,20 +468,32 @@ def paper_row(checkpoint: dict, dataset: DetectionSet, limit: int | None) -> str
     return None
 
 
-def report(results: list[dict], dataset: DetectionSet, paper: str | None,
+def describe_evaluation(args: argparse.Namespace, checkpoint: dict, dataset: DetectionSet) -> dict:
+    """What the scores belong to. It is written beside them, so that a table can tell what fits."""
+    file = args.checkpoint or args.predictions
+    return {"model": args.model or str(Path(file).resolve()),
+            "checkpoint": Path(args.checkpoint).name if args.checkpoint else None,
+            "step": checkpoint.get("step"), "changed": Path(file).stat().st_mtime if file else None,
+            "data": dataset.name, "root": args.data_root, "split": args.split, "limit": args.limit_val,
+            "images": len(dataset), "annotations": dataset.digest, "image_size": args.image_size,
+            "amp": args.amp}
+
+
+def report(results: list[dict], dataset: DetectionSet, of: dict, paper: str | None,
            args: argparse.Namespace) -> None:
     """Writes results.json, metrics.json and detections.png and prints the scores."""
-    metrics = coco_metrics(dataset.ground_truth, results)
-    (args.out / "results.json").write_text(json.dumps(results))
-    measured = {"data": dataset.name, "images": len(dataset), **metrics}
-    engine.write_json(args.out / "metrics.json", measured)
+    metrics, classes = coco_metrics_by_class(dataset.ground_truth, results)
+    (args.out / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    engine.write_json(args.out / "metrics.json", {**of, **metrics, "classes": classes})
     pictures.results_sheet(dataset, results).save(args.out / "detections.png")
     rows = [("this model", tuple(100 * v for v in metrics.values()))]
     if paper:
         number = 5 if dataset.name.startswith("cityscapes") else 2
         first = tables.HEADERS[number].index("AP")
         rows.append((f"paper, {paper}", tables.PAPER[number][paper][first:first + len(METRICS)]))
-    print(f"{dataset.name}, {len(dataset)} images, AP in percent\n"
+    by_class = [(c["name"], (c["objects"], 100 * c["AP"])) for c in classes]
+    print(f"{tables.markdown('class', ('objects', 'AP'), by_class)}\n\n"
+          f"{dataset.name}, {len(dataset)} images, AP in percent\n"
           f"{tables.markdown('', METRICS, rows)}\nresults and pictures: {args.out}")
 
 
@@ -460,32 +512,35 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
         model = model or load_hugging_face(args.model[3:])
         draw_files(model.to(device), checkpoint.get("classes") or model.classes, args, device)
         return
+    args.data_root = args.data_root or trained.get("data_root")
     dataset = read_data(data=args.data or trained.get("data", "coco"), split=args.split,
-                        root=args.data_root or trained.get("data_root"), limit=args.limit_val,
-                        image_size=args.image_size)
+                        root=args.data_root, limit=args.limit_val, image_size=args.image_size)
+    if dataset.annotations.crowd.all():
+        engine.note(f"{dataset.name} has no objects, so AP is not defined: {dataset.describe()}")
     if args.predictions:
         results = read_results(args.predictions, dataset)
     elif args.model:
         model = load_hugging_face(args.model[3:], dataset.classes).to(device)
     else:
-        compare_classes(dataset, checkpoint["classes"], args.checkpoint)
+        match_classes(dataset, checkpoint["classes"], args.checkpoint)
         model.to(device)
+    of = describe_evaluation(args, checkpoint, dataset)
     if args.frost_dir:  # finds missing photographs before the first pass
         corrupted_picture(Image.new("RGB", (32, 32)), 0, name="frost", severity=1,
                           frost_dir=args.frost_dir)
     make_folder(args.out)
     paper = paper_row(checkpoint, dataset, args.limit_val)
     if args.figure:
-        draw_figure(model, dataset, args, device)
+        draw_figure(model, dataset, args)
     elif args.corruptions:
-        state = evaluate_corruptions(model, dataset, args, device)
+        state = evaluate_corruptions(model, dataset, of, args, device)
         if engine.rank() == 0:
             print(report_corruptions(state, paper if dataset.name == "coco val" else None, args))
     else:
         if model is not None:
             results = detect(model, dataset, args, device, args.batch_size)
         if engine.rank() == 0:
-            report(results, dataset, paper, args)
+            report(results, dataset, of, paper, args)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 import engine
 from data import DETECTION_DATA, DetectionSet, corners, detection_set, micro_batches
+from deform_attn import operator_path
 from evaluate import coco_metrics, detect
 from extras import pictures, released
+from extras.shapes import EMBEDDED_SETS
 from model import VARIANTS, Config, Detector
 
 # ---------------------------------------------------------------------------- matching and losses (4.1)
@@ -141,15 +143,17 @@ CITYSCAPES_RECIPE = dict(batch_size=8)
 # Ours, for the embedded data: a small model, from scratch, in minutes.
 SHAPES_RECIPE = dict(epochs=14, batch_size=16, micro_batch=16, lr=1e-3, schedule="one-cycle",
                      image_size=64, augment="flip", dropout=0.0, backbone_lr=1.0, sampling_lr=1.0,
-                     queries=25, workers=0, eval_every=7)
+                     workers=0, eval_every=7)
+SHAPES_QUERIES = 25
+FEW_STEPS = 3000  # fewer teach a model little at the paper's learning rate
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=engine.Help,
+        description=__doc__, formatter_class=engine.Help, allow_abbrev=False,
         epilog="The defaults are the paper's, or as marked. With --data cityscapes they are instead: "
         "--batch-size 8, and --lr 2e-4 for lite. With --data shapes or shapes-hard: "
-        f"{engine.as_flags(SHAPES_RECIPE)}")
+        f"{engine.as_flags(SHAPES_RECIPE)}, --queries {SHAPES_QUERIES}")
     parser.add_argument("--data", default="shapes", help=DETECTION_DATA)
     parser.add_argument("--pretrained",
                         help="checkpoint to start from: of either stage, or the authors'")
@@ -179,7 +183,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image-size", type=engine.positive, default=800,
                         help="short side at test time; all sizes of the training recipe scale with it")
     parser.add_argument("--queries", type=engine.positive,
-                        help="object queries (default: the variant's, 300 in the paper, 50 in tiny)")
+                        help="object queries (default: those of a --pretrained detector, else the "
+                             "variant's: 300 in the paper, 50 in tiny)")
     parser.add_argument("--adaptor", choices=("self-attention", "bilstm", "none"),
                         help="Eq. 5, Table 3 (default: self-attention; none in an encoder-decoder)")
     parser.add_argument("--adaptor-per-layer", action="store_true",
@@ -187,7 +192,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     engine.add_training_flags(parser, VARIANTS)
 
     known, _ = parser.parse_known_args(arguments)
-    if known.data in ("shapes", "shapes-hard"):
+    if known.data in EMBEDDED_SETS:
         parser.set_defaults(**SHAPES_RECIPE)
     elif known.data == "cityscapes":
         parser.set_defaults(**CITYSCAPES_RECIPE, lr=2e-4 if known.variant == "lite" else 1e-4)
@@ -286,19 +291,22 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
     train = read_data(split="train", limit=args.limit_train, augment=args.augment, **options)
     val = read_data(split="val", limit=args.limit_val, **options)
     engine.check_classes(train, val)
+    check_objects(train, val)
+    checkpoint = released.read_checkpoint(args.pretrained) if args.pretrained and not run.resumed else {}
+    args.queries = choose_queries(args, run.state if run.resumed else checkpoint)
     try:
         config = replace(VARIANTS[args.variant], dropout=args.dropout, structure=args.structure,
                          adaptor=args.adaptor, adaptor_per_layer=args.adaptor_per_layer,
-                         queries=args.queries or VARIANTS[args.variant].queries)
+                         queries=args.queries)
     except ValueError as e:
         raise engine.InputError(str(e)) from None
     model = detector(config, len(train.classes))
     if args.layout == "released":
         released.released_layout(model)
-    description = engine.describe_run(model, args, "finetune", train.classes, len(train))
+    description = engine.describe_run(model, args, "finetune", train.classes, len(train),
+                                      training_set=train.digest, validation_set=val.digest)
     state = run.resume(model, description)
-    if args.pretrained and not run.resumed:
-        checkpoint = released.read_checkpoint(args.pretrained)
+    if checkpoint:
         message = engine.copy_weights(model, checkpoint, "finetune", args.layout, args.pretrained)
         if engine.rank() == 0:
             print(message)
@@ -309,11 +317,18 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
     if run.resumed:
         optimizer.load_state_dict(state["optimizer"])
     sampler = engine.BatchSampler(len(train), args.batch_size, args.seed)
-    loader = engine.training_loader(train, sampler, partial(micro_batches, size=args.micro_batch), args,
-                                    device)
-    run.open(args)
-
+    collate = partial(micro_batches, size=args.micro_batch)
+    loader = engine.make_loader(train, collate, args, device, batch_sampler=sampler)
     steps = len(loader)  # per epoch
+    engine.check_epochs(args, state, steps)
+    engine.first_line(args, model, train, steps, device, operator_path(model, device, args.amp == "bf16"))
+    if steps * args.epochs < FEW_STEPS and args.data not in EMBEDDED_SETS:
+        engine.note(f"this run has fewer than {FEW_STEPS:,} steps, too few for the paper's recipe: "
+                    f"README.md has flags for small sets (smaller batches, a higher rate, no dropout)")
+    run.open(args)
+    if engine.rank() == 0 and not run.resumed:
+        pictures.training_sheet(train, sampler.batches()[0][:8].tolist(), run.folder / "training.png")
+
     step, best, scores = state["step"], state["best"], state["scores"]
     means = engine.RunningMean()
     bar = engine.progress_bar(f"fine-tuning {args.variant} on {train.name}", args.epochs * len(train),
@@ -327,7 +342,7 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
         sampler.skip = step - epoch * steps
         model.train()
         try:
-            for batch in engine.read_batches(loader):
+            for batch in engine.read_batches(loader, run):
                 engine.seed_step(args.seed, step)
                 factor = schedule_factor(args.schedule, step, steps, args.epochs, args.lr_drop)
                 for group in optimizer.param_groups:
@@ -339,34 +354,51 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
                     losses = means.read()
                     run.log(epoch=epoch + 1, step=step, **losses, lr=args.lr * factor)
                     bar.set_postfix(loss=f"{losses['loss']:.3f}", refresh=False)
-                stop = run.must_stop()
-                if stop or run.must_save():
+                if run.must_save():
                     save(epoch)
-                if stop:
-                    return run.say_how_to_go_on(step)
+
+            if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+                save(epoch)  # an evaluation takes long
+                with run.interruptible():
+                    results = detect(model, val, args, device, args.micro_batch)
+                    scores = coco_metrics(val.ground_truth, results)
+                run.log(epoch=epoch + 1, step=step, **scores)
+                if engine.rank() == 0:
+                    pictures.results_sheet(val, results).save(run.folder / "detections.png")
+                    pictures.draw_curves(run.read_log(), ("AP", "AP50"), run.folder / "curves.png")
+                    bar.write(f"epoch {epoch + 1}: {engine.in_percent(scores)}")
+                if scores["AP"] > best:
+                    best = scores["AP"]
+                    content = {**description, "model": model.state_dict(), "scores": scores,
+                               "epoch": epoch + 1, "step": step}
+                    engine.save_checkpoint(run.folder / "best.pt", content)
+                save(epoch + 1)
         except engine.InputError:  # a broken image: --resume goes on here when it is replaced
             save(epoch)
             raise
+        except engine.Terminated:
+            save(epoch)
+            return run.say_how_to_go_on(step)
         except FloatingPointError:
             images = [train.name_of(i) for i in sampler.batches()[step % steps]]
             raise engine.not_finite(step + 1, images) from None
-
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            save(epoch)  # an evaluation takes long
-            results = detect(model, val, args, device, args.micro_batch)
-            scores = coco_metrics(val.ground_truth, results)
-            run.log(epoch=epoch + 1, step=step, **scores)
-            if engine.rank() == 0:
-                pictures.results_sheet(val, results).save(run.folder / "detections.png")
-                pictures.draw_curves(run.read_log(), ("AP", "AP50"), run.folder / "curves.png")
-                bar.write(f"epoch {epoch + 1}: {engine.in_percent(scores)}")
-            if scores["AP"] > best:
-                best = scores["AP"]
-                content = {**description, "model": model.state_dict(), "scores": scores}
-                engine.save_checkpoint(run.folder / "best.pt", content)
-            save(epoch + 1)
     bar.close()
-    run.finish(model, args, val, scores)
+    run.finish(model, args, val, scores, step)
+
+
+def check_objects(train: DetectionSet, val: DetectionSet) -> None:
+    """Raises InputError if there is nothing to learn. Prints a note if there is nothing to find."""
+    if train.annotations.crowd.all():
+        raise engine.InputError(f"{train.name} has nothing to learn: {train.describe()}")
+    if val.annotations.crowd.all():
+        engine.note(f"{val.name} has no objects, so AP is not defined: {val.describe()}")
+
+
+def choose_queries(args: argparse.Namespace, checkpoint: dict) -> int:
+    """The number of queries: --queries, else that of the detector to start from, else the default."""
+    before = checkpoint.get("config", {}) if checkpoint.get("stage") == "finetune" else {}
+    default = SHAPES_QUERIES if args.data in EMBEDDED_SETS else VARIANTS[args.variant].queries
+    return args.queries or before.get("queries", default)
 
 
 if __name__ == "__main__":

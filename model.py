@@ -90,7 +90,7 @@ class Tokenizer(nn.Module):
     8, 16, 32, 64. A linear layer per level projects to D (A.1). Released code: see
     extras/released.py."""
     strides = (8, 16, 32, 64)
-    multiple = 64  # a detector pads its images to a multiple of this, so that no patch is cut off
+    multiple = 64  # a detector pads its images to a multiple of this, so that all patches are whole
 
     def __init__(self, config: Config):
         super().__init__()
@@ -108,28 +108,35 @@ class Tokenizer(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images: (B, 3, H, W), sides of 64 or more -> four levels, each
-        (B, H // stride, W // stride, D)."""
+        (B, ceil(H / stride), ceil(W / stride), D)."""
         if min(images.shape[-2:]) < self.strides[-1]:
             raise ValueError(f"images of {tuple(images.shape[-2:])} pixels: each side needs at least 64")
         levels = []
         x = images
-        for conv, norm, projection in zip(self.convs, self.norms, self.projections):
+        for conv, norm, projection, step in zip(self.convs, self.norms, self.projections, (8, 2, 2, 2)):
+            # Zeros complete the last patches. Paper (Table 6): no padding, so level 4 at 224 pixels has
+            # 3 x 3 tokens, which see 192 pixels of a side. Ours and the released code: 4 x 4.
+            x, _ = pad_to_multiple(x, None, step)
             x = norm(conv(x).permute(0, 2, 3, 1))  # (B, h, w, D0)
             levels.append(projection(x))
             x = x.permute(0, 3, 1, 2)
         return levels
 
 
-def sine_positions(valid: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+def sine_positions(valid: Tensor, counts: Tensor, dim: int) -> Tensor:
     """Sine embedding of each token's row and column, counted over valid tokens and scaled to [0, 2 pi]
     (as in Deformable DETR).
 
-    valid: (B, h, w) bool, False at padding -> (B, h, w, dim) of `dtype`: channels of y, then of x.
+    Args:
+        valid: (B, h, w) bool, False at padding. counts: (B, 2), the number of valid columns and rows.
+    Returns:
+        (B, h, w, dim) in the dtype of `counts`: channels of y, then of x.
     """
-    places = []
+    dtype, places = counts.dtype, []
     for axis in (1, 2):
         place = valid.cumsum(axis, dtype=dtype)  # 1, 2, 3, ... along the axis
-        places.append((place - 0.5) / (place.narrow(axis, -1, 1) + 1e-6) * 2 * math.pi)
+        count = place.narrow(axis, -1, 1).minimum(counts[:, 2 - axis, None, None])  # 0 at padding
+        places.append((place - 0.5) / (count + 1e-6) * 2 * math.pi)
     k = torch.arange(dim // 2, device=valid.device)
     wavelength = 10000 ** (2 * k.div(2, rounding_mode="floor").to(dtype) / (dim // 2))
     angles = torch.stack(places, -1)[..., None] / wavelength  # (B, h, w, 2, dim / 2)
@@ -350,13 +357,17 @@ class Encoder(nn.Module):
             valid = [~F.interpolate(pixels, v.shape[1:])[:, 0].bool() for v in valid]
         dtype = self.level_embed.dtype
         shapes = [tuple(v.shape[1:]) for v in valid]
-        # valid columns and rows per level, (B, 2) each
-        counts = [torch.stack([v[:, 0].sum(1), v[:, :, 0].sum(1)], -1).to(dtype) for v in valid]
+        # Valid columns and rows per level, (B, 2) each. A completed patch counts in part: 224 pixels are
+        # 3.5 tokens of level 4. The released code counts 4. A detector has whole patches only.
+        h, w = images.shape[-2:]
+        counts = [torch.stack([v[:, 0].sum(1).clamp(max=w / stride),
+                               v[:, :, 0].sum(1).clamp(max=h / stride)], -1).to(dtype)
+                  for v, stride in zip(valid, getattr(self.tokenizer, "strides", (1, 1, 1, 1)))]
         valid_ratios = torch.stack([torch.stack([n[:, 0] / w, n[:, 1] / h], -1)
                                     for n, (h, w) in zip(counts, shapes)], 1)  # (B, 4, 2)
         positions, centres = [], []
         for v, n, embed in zip(valid, counts, self.level_embed):
-            positions.append((sine_positions(v, self.config.dim, dtype) + embed).flatten(1, 2))
+            positions.append((sine_positions(v, n, self.config.dim) + embed).flatten(1, 2))
             rows, columns = (torch.arange(s, device=v.device, dtype=dtype) + 0.5 for s in v.shape[1:])
             y, x = torch.meshgrid(rows, columns, indexing="ij")
             centres.append(torch.stack([x, y], -1).flatten(0, 1) / n[:, None])  # (B, h w, 2)

@@ -22,13 +22,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import Subset, default_collate
 
 import engine
 from data import CLASSIFICATION_DATA, ClassificationSet, classification_set, to_image
+from deform_attn import operator_path
 from engine import InputError
 from extras import pictures, released
 from extras.augment import mix, smooth_targets
+from extras.shapes import EMBEDDED_SETS
 from model import VARIANTS, Classifier, Config
 
 # ------------------------------------------------------- the semantic softmax (A.3, Ridnik et al. 2021)
@@ -54,7 +56,7 @@ def load_tree(path: str | Path) -> Tree:
     root], ...]}, the format of the authors of ImageNet-21k-P and of
     extras/imagenet21k_tree.py. InputError if it is not that."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_bytes())
         chains, names = content["class_tree_list"], content.get("class_list")
         levels = [len(chain) - 1 for chain in chains]
         if not all(type(c) is int and 0 <= c < len(chains) for chain in chains for c in chain):
@@ -129,7 +131,7 @@ SHAPES_RECIPE = dict(epochs=4, batch_size=32, micro_batch=32, lr=1e-3, schedule=
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=engine.Help,
+        description=__doc__, formatter_class=engine.Help, allow_abbrev=False,
         epilog=f"The defaults are the paper's for ImageNet-1k, or DeiT's. With --data imagenet21k they "
         f"are instead: {engine.as_flags(RECIPE_21K)}. With --data shapes or shapes-hard: "
         f"{engine.as_flags(SHAPES_RECIPE)}")
@@ -171,7 +173,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(micro_batch=128)
 
     known, _ = parser.parse_known_args(arguments)
-    if known.data in ("shapes", "shapes-hard"):
+    if known.data in EMBEDDED_SETS:
         parser.set_defaults(**SHAPES_RECIPE)
     elif known.data == "imagenet21k":
         parser.set_defaults(**RECIPE_21K)
@@ -184,11 +186,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def build_optimizer(model: Classifier, args: argparse.Namespace) -> torch.optim.AdamW:
-    """AdamW. Norms and biases, all 1-D parameters, have no weight decay. (DeiT exempts its class token
-    and positions too. Ours, which are matrices, decay.)"""
-    parameters = list(model.parameters())
-    return torch.optim.AdamW([{"params": [p for p in parameters if p.ndim > 1]},
-                              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}],
+    """AdamW. As in DeiT, norms, biases, the class token and embeddings of positions (ours: its position
+    and the level embedding) have no weight decay."""
+    decayed, spared = [], []
+    for name, p in model.named_parameters():
+        (decayed if "weight" in name and p.ndim > 1 else spared).append(p)
+    return torch.optim.AdamW([{"params": decayed}, {"params": spared, "weight_decay": 0.0}],
                              lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
 
 
@@ -291,9 +294,10 @@ def evaluate(model: Classifier, dataset: ClassificationSet, tree: Tree | None, a
              device: torch.device) -> dict[str, float]:
     """{"top1", "top5"} and, with a tree, {"semantic_top1"}, in [0, 1], on the middle of every image."""
     model.eval()
-    share = torch.utils.data.Subset(dataset, range(engine.rank(), len(dataset), engine.world_size()))
+    share = Subset(dataset, range(engine.rank(), len(dataset), engine.world_size()))
+    loader = engine.make_loader(share, default_collate, args, device, batch_size=args.micro_batch)
     counts = torch.zeros(4, device=device)  # top-1, top-5, right and asked of the tree
-    for images, labels in DataLoader(share, args.micro_batch, num_workers=args.workers):
+    for images, labels in loader:
         images, labels = images.to(device), labels.to(device)
         with engine.autocast(args, device):
             logits = model(images)
@@ -363,7 +367,8 @@ def main(classifier: Callable[[Config, int], Classifier] = Classifier,
     model = classifier(config, len(train.classes))
     if args.layout == "released":
         released.released_layout(model)
-    description = engine.describe_run(model, args, "pretrain", train.classes, len(train))
+    description = engine.describe_run(model, args, "pretrain", train.classes, len(train),
+                                      training_set=train.digest, validation_set=val.digest)
     state = run.resume(model, description)
     if args.init and not run.resumed:
         checkpoint = released.read_checkpoint(args.init)
@@ -378,10 +383,14 @@ def main(classifier: Callable[[Config, int], Classifier] = Classifier,
         optimizer.load_state_dict(state["optimizer"])
     forward = torch.compile(model) if args.compile else model
     sampler = RepeatedSampler(len(train), args.batch_size, args.seed, args.repeats)
-    loader = engine.training_loader(train, sampler, collate, args, device)
-    run.open(args)
-
+    loader = engine.make_loader(train, collate, args, device, batch_sampler=sampler)
     steps = len(loader)  # per epoch
+    engine.check_epochs(args, state, steps)
+    engine.first_line(args, model, train, steps, device, operator_path(model, device, args.amp == "bf16"))
+    run.open(args)
+    if engine.rank() == 0 and not run.resumed:
+        pictures.training_sheet(train, sampler.batches()[0][:8].tolist(), run.folder / "training.png")
+
     step, best, scores = state["step"], state["best"], state["scores"]
     means = engine.RunningMean()
     bar = engine.progress_bar(f"pre-training {args.variant} on {train.name}",
@@ -395,7 +404,7 @@ def main(classifier: Callable[[Config, int], Classifier] = Classifier,
         sampler.skip = step - epoch * steps
         model.train()
         try:
-            for images, labels in engine.read_batches(loader):
+            for images, labels in engine.read_batches(loader, run):
                 engine.seed_step(args.seed, step)
                 lr = learning_rate(args, step, steps)
                 for group in optimizer.param_groups:
@@ -414,33 +423,35 @@ def main(classifier: Callable[[Config, int], Classifier] = Classifier,
                     top1 = {} if args.mixup or args.cutmix else {"train_top1": mean["right"]}
                     run.log(epoch=epoch + 1, step=step, loss=mean["loss"], **top1, lr=lr)
                     bar.set_postfix(loss=f"{mean['loss']:.3f}", refresh=False)
-                stop = run.must_stop()
-                if stop or run.must_save():
+                if run.must_save():
                     save(epoch)
-                if stop:
-                    return run.say_how_to_go_on(step)
+
+            if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+                save(epoch)  # an evaluation takes long
+                with run.interruptible():
+                    scores = evaluate(forward, val, tree, args, device)
+                run.log(epoch=epoch + 1, step=step, **scores)
+                if engine.rank() == 0:
+                    draw_predictions(model, val, device, run.folder / "predictions.png")
+                    pictures.draw_curves(run.read_log(), tuple(scores), run.folder / "curves.png")
+                    bar.write(f"epoch {epoch + 1}: {engine.in_percent(scores)}")
+                if scores["top1"] > best:
+                    best = scores["top1"]
+                    content = {**description, "model": model.state_dict(), "scores": scores,
+                               "epoch": epoch + 1, "step": step}
+                    engine.save_checkpoint(run.folder / "best.pt", content)
+                save(epoch + 1)
         except InputError:  # a broken image: --resume goes on here when it is replaced
             save(epoch)
             raise
+        except engine.Terminated:
+            save(epoch)
+            return run.say_how_to_go_on(step)
         except FloatingPointError:
             shown = dict.fromkeys(train.name_of(i) for i in sampler.batches()[step % steps].tolist())
             raise engine.not_finite(step + 1, list(shown)) from None
-
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            save(epoch)  # an evaluation takes long
-            scores = evaluate(forward, val, tree, args, device)
-            run.log(epoch=epoch + 1, step=step, **scores)
-            if engine.rank() == 0:
-                draw_predictions(model, val, device, run.folder / "predictions.png")
-                pictures.draw_curves(run.read_log(), tuple(scores), run.folder / "curves.png")
-                bar.write(f"epoch {epoch + 1}: {engine.in_percent(scores)}")
-            if scores["top1"] > best:
-                best = scores["top1"]
-                content = {**description, "model": model.state_dict(), "scores": scores}
-                engine.save_checkpoint(run.folder / "best.pt", content)
-            save(epoch + 1)
     bar.close()
-    run.finish(model, args, val, scores)
+    run.finish(model, args, val, scores, step)
 
 
 if __name__ == "__main__":

@@ -40,10 +40,11 @@ def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator,
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """For evaluation: resizes the short side to size * 256 / 224 and takes the middle, size x size."""
-    scale = round(size * 256 / 224) / min(image.size)
-    image = image.resize([max(size, round(s * scale)) for s in image.size], BICUBIC)
-    x, y = (image.width - size) // 2, (image.height - size) // 2
+    """For evaluation: resizes the short side to size * 256 / 224 and takes the middle, size x size.
+    Rounds as torchvision does."""
+    short = int(size * 256 / 224)
+    image = image.resize([int(short * s / min(image.size)) for s in image.size], BICUBIC)
+    x, y = (round((s - size) / 2) for s in image.size)
     return image.crop((x, y, x + size, y + size))
 
 

@@ -4,28 +4,33 @@
     python -m extras.claims --quick         much shorter training, to see that everything runs
     python -m extras.claims --claims C1     only this claim
 
-The same command goes on where it stopped. It runs pretrain.py, finetune.py and evaluate.py on the
-embedded data, as many at a time as there are cores. Each run has a folder of its own below --out. The
-result is report.md there: a table, a picture and a verdict per claim. The settings were chosen on C1
-alone; the other claims use them unchanged.
+The same command goes on where it stopped. It refuses folders that other flags or other code made. It
+runs pretrain.py, finetune.py and evaluate.py on the embedded data, as many at a time as there are
+cores. Each run has a folder of its own below --out. The result is report.md there: a table, a picture
+and a verdict per claim. The settings were chosen on C1 alone; the other claims use them unchanged.
 """
 import argparse
-import json
+import ctypes
+import hashlib
 import os
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import ttest_rel
 from tqdm import tqdm
 
-from engine import Help, InputError, positive, run_script
-from extras.tables import TABLE_3, corruption_row, markdown, mean_and_deviation, read_json
+from engine import Help, InputError, positive, read_log, run_script, write_json
+from extras.tables import (CORRUPTIONS, TABLE_3, corruption_row, markdown, mean_and_deviation,
+                           read_json)
 
 PROJECT = Path(__file__).parent.parent
+COMMAND = "python -m extras.claims"
 DATA = ("--data", "shapes-hard")
 SMALL_SET = 150  # number of training images
 
@@ -41,13 +46,40 @@ class Job:
     images: int                # number of images it processes, for the progress bar
     after: "Job | None" = None  # the job that must be done first; this one starts from its checkpoint
 
-    def done(self, out: Path) -> bool:
-        """Whether the script has written its last file."""
-        last = "evaluation/corruptions.png" if self.script == "evaluate.py" else "metrics.json"
-        return (out / self.name / last).exists()
+    def marker(self, out: Path) -> Path:
+        """A file that says what made the run. It is written before the script starts."""
+        return out / self.name / f"job-{self.script.removesuffix('.py')}.json"
+
+    def origin(self, code: str) -> dict:
+        """The marker's content: the flags, with those of the jobs before, and the digest of the code."""
+        before = self.after.origin(code)["flags"] if self.after else []
+        return {"flags": [self.script, *self.flags, *before], "code": code}
+
+    def done(self, args: argparse.Namespace) -> bool:
+        """Whether the script has reached its end. InputError if the folder has another origin."""
+        folder, marker = args.out / self.name, self.marker(args.out)
+        passes = folder / "evaluation" / "corruptions.json"
+        first = passes if self.script == "evaluate.py" else folder / "args.json"
+        made = read_json(marker, f"{COMMAND} after you remove {folder}") if marker.exists() else None
+        if made != self.origin(args.code) and (made or first.exists()):
+            raise InputError(f"{folder} was made by other flags or other code: remove it, or name "
+                             f"another --out")
+        if self.script != "evaluate.py":
+            return made is not None and (folder / "metrics.json").exists()
+        if not passes.with_suffix(".png").exists():
+            return False
+        count = sum(map(len, read_json(passes, COMMAND)["corruptions"].values()))
+        return count == len(CORRUPTIONS) * (1 if "--severities" in self.flags else 5)
 
     def log(self, out: Path) -> Path:
         return out / "logs" / f"{self.name}-{self.script.removesuffix('.py')}.txt"
+
+
+def digest_of_code() -> str:
+    """A digest of the project's programs."""
+    files = [f for folder in (PROJECT, PROJECT / "extras") for f in sorted(folder.glob("*"))
+             if f.suffix in (".py", ".cu")]
+    return hashlib.sha256(b"".join(f.name.encode() + f.read_bytes() for f in files)).hexdigest()[:16]
 
 
 def full_set(args: argparse.Namespace) -> int:
@@ -121,7 +153,7 @@ def all_claims(args: argparse.Namespace) -> dict[str, Claim]:
     c3 = Claim(
         "pre-training makes corruption cost less (Table 4)",
         {"pre-trained": corruption_jobs(args, full), "from scratch": corruption_jobs(args, scratch)},
-        (("pre-trained", "from scratch"),), {}, measure="AP under corruption / clean AP")
+        (("pre-trained", "from scratch"),), {}, measure="AP under corruption (frost drawn) / clean AP")
 
     decoder = ("--structure", "encoder-decoder")
     one, many = "FP-EncDec, 1 class token", "FP-EncDec, 25 class tokens"
@@ -172,23 +204,29 @@ def command_of(job: Job, out: Path) -> list[str]:
 def run_jobs(jobs: list[Job], args: argparse.Namespace) -> None:
     """Runs the jobs that are not done, `--jobs` at a time. If one fails, stops the others and raises
     InputError, which names the log with the script's output."""
-    todo = [job for job in jobs if not job.done(args.out)]
+    todo = [job for job in jobs if not job.done(args)]
     bar = tqdm(total=sum(job.images for job in jobs), unit="img", desc="the paper's claims",
                initial=sum(job.images for job in jobs if job not in todo))
+    end_with_parent = None
+    if sys.platform == "linux":  # children get SIGTERM even if this process is killed
+        end_with_parent = partial(ctypes.CDLL(None).prctl, 1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
     env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
     running = {}  # job -> process
     try:
         while todo or running:
             for job in list(todo):
-                if len(running) < args.jobs and (job.after is None or job.after.done(args.out)):
+                if len(running) < args.jobs and (job.after is None or job.after.done(args)):
                     command = command_of(job, args.out)
-                    with open(job.log(args.out), "w") as log:
-                        running[job] = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+                    job.marker(args.out).parent.mkdir(exist_ok=True)
+                    write_json(job.marker(args.out), job.origin(args.code))
+                    with open(job.log(args.out), "wb") as log:
+                        running[job] = subprocess.Popen(command, stdout=log, stderr=log, env=env,
+                                                        preexec_fn=end_with_parent)
                     todo.remove(job)
             for job, process in list(running.items()):
                 if process.poll() is None:
                     continue
-                if process.returncode or not job.done(args.out):
+                if process.returncode or not job.done(args):
                     raise InputError(f"{job.name} failed: see {job.log(args.out)}; run again to go on")
                 del running[job]
                 bar.update(job.images)
@@ -206,11 +244,10 @@ def run_jobs(jobs: list[Job], args: argparse.Namespace) -> None:
 
 def read_score(job: Job, out: Path) -> float:
     """A run's score in [0, 1]: its AP, or the ratio of AP under corruption to clean AP."""
-    command = "python -m extras.claims"
     if job.script == "evaluate.py":
-        passes = read_json(out / job.name / "evaluation" / "corruptions.json", command)
+        passes = read_json(out / job.name / "evaluation" / "corruptions.json", COMMAND)
         return corruption_row(passes)[0] / 100 / max(passes["clean"]["AP"], 1e-9)
-    return read_json(out / job.name / "metrics.json", command)["AP"]
+    return read_json(out / job.name / "metrics.json", COMMAND)["AP"]
 
 
 def verdict(better: list[float], worse: list[float]) -> str:
@@ -240,7 +277,7 @@ def write_page(chosen: dict[str, Claim], args: argparse.Namespace) -> str:
         draw_claim(claim, scores, args.out, name)
         lines += ["", f"![{name}]({name}.png)"]
     page = "\n".join(lines) + "\n"
-    (args.out / "report.md").write_text(page)
+    (args.out / "report.md").write_text(page, encoding="utf-8")
     return page
 
 
@@ -252,7 +289,7 @@ def draw_claim(claim: Claim, scores: dict[str, list[float]], out: Path, name: st
     for i, (row, jobs) in enumerate(claim.rows.items()):
         curves = []
         for job in jobs:
-            log = [json.loads(line) for line in (out / job.name / "log.jsonl").read_text().splitlines()]
+            log = read_log(out / job.name / "log.jsonl")
             curves.append([(e["step"], 100 * e["AP"]) for e in log if "AP" in e])
             left.plot(*zip(*curves[-1]), color=f"C{i}", lw=0.7, alpha=0.5)
         left.plot(*np.mean(curves, 0).T, "o-", ms=3, color=f"C{i}", label=row)
@@ -285,6 +322,8 @@ def main() -> None:
         (args.out / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"cannot write into {args.out} ({e.strerror}): choose another --out") from None
+    args.code = digest_of_code()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # run_jobs then ends its children
     run_jobs(jobs_in_order(chosen), args)
     print(f"{write_page(chosen, args)}\nthis page: {args.out / 'report.md'}")
 

@@ -1,8 +1,9 @@
-"""Pictures: training curves, detections on images and sheets of them (Figure 3), classified images, the
-places where the queries look, and the bar chart of COCO-C.
+"""Pictures: training items, training curves, detections on images and sheets of them (Figure 3),
+classified images, the places where the queries look, and the bar chart of COCO-C.
 
 Nothing here detects. Detections come as {"scores" (n,), "labels" (n,), "boxes" (n, 4) xyxy in pixels}.
 """
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,12 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from deform_attn import MSDeformAttn, sampling_locations_and_weights
+from engine import InputError
+from extras import tables
 from extras.shapes import hsv
 
 STRIDE_COLOURS = ("#ffd22e", "#ff7f2a", "#e8384f", "#8a4fff")  # of the samples at strides 8, 16, 32, 64
+RIGHT, WRONG = (255, 255, 255), (255, 99, 71)  # colours of answers
 
 
 def colour_of(label: int) -> tuple[int, int, int]:
@@ -22,24 +26,64 @@ def colour_of(label: int) -> tuple[int, int, int]:
     return tuple(int(v) for v in 255 * hsv(label * 0.618034, 0.85, 1.0))
 
 
+@functools.cache
+def characters_in(font: str) -> set[int]:
+    """The characters that a font file has outlines of."""
+    from matplotlib.ft2font import FT2Font
+    try:
+        face = FT2Font(font)
+        return set(face.get_charmap()) if face.scalable else set()
+    except (OSError, RuntimeError):  # a broken file
+        return set()
+
+
+@functools.cache
+def system_fonts() -> list[str]:
+    from matplotlib.font_manager import findSystemFonts
+    return sorted(f for f in findSystemFonts() if "LastResort" not in f)  # that one has boxes only
+
+
+def with_font(text: str) -> tuple[str, str]:
+    """The text and a font file that has its characters. If no font
+    has them, they are escaped: \\u6b62."""
+    import matplotlib
+    usual, needed = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", set(map(ord, text))
+    if needed <= characters_in(usual):
+        return text, usual
+    font = next((f for f in system_fonts() if needed <= characters_in(f)), None)
+    return (text, font) if font else (text.encode("unicode_escape").decode(), usual)
+
+
+def draw_boxes(image: Image.Image, boxes: list[tuple]) -> Image.Image:
+    """A copy of the picture with labelled boxes.
+
+    boxes: [(xyxy in pixels or None for the whole picture, label, RGB colour)], the last on top.
+    """
+    scale = max(1, round(400 / max(image.size)))  # enlarges small pictures, so that the text can be read
+    picture = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    pen, side = ImageDraw.Draw(picture), max(picture.size)
+    places = [(0, 0, *picture.size) if box is None else [float(v) * scale for v in box]
+              for box, _, _ in boxes]
+    for place, (_, _, colour) in zip(places, boxes):
+        pen.rectangle(place, outline=colour, width=max(2, side // 200))
+    for (x, y, _, _), (_, label, colour) in zip(places, boxes):  # no line crosses a label
+        text, file = with_font(label)
+        font = ImageFont.truetype(file, max(14, side // 28))  # at least 14 on a sheet
+        width, height = font.getlength(text) + 6, sum(font.getmetrics())
+        x, y = max(0, min(x, picture.width - width)), max(0, y - height)  # above the box, in the picture
+        pen.rectangle((x, y, x + width, y + height), fill=colour)
+        bright = np.dot(colour, (0.299, 0.587, 0.114)) > 110
+        pen.text((x + 3, y), text, "black" if bright else "white", font)
+    return picture
+
+
 def draw_detections(image: Image.Image, found: dict[str, Tensor], classes: list[str],
                     threshold: float = 0.3) -> Image.Image:
     """A copy of the picture with the boxes that score at least `threshold`, their classes and scores."""
-    scale = max(1, round(400 / max(image.size)))  # small pictures are enlarged, so that the text can be read
-    picture = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    pen, line = ImageDraw.Draw(picture), max(2, max(picture.size) // 300)
-    font = ImageFont.load_default(max(11, max(picture.size) // 30))
-    rows = zip(*(found[k].tolist() for k in ("scores", "labels", "boxes")))
-    for score, label, box in reversed(list(rows)):  # the best is drawn last, on top
-        if score < threshold:
-            continue
-        x0, y0, x1, y1 = (v * scale for v in box)
-        pen.rectangle((x0, y0, x1, y1), outline=colour_of(label), width=line)
-        text = f"{classes[label]} {score:.2f}"
-        left, top, right, bottom = pen.textbbox((x0 + line, y0 + line), text, font=font)
-        pen.rectangle((left - 2, top - 1, right + 2, bottom + 1), fill=(0, 0, 0))
-        pen.text((x0 + line, y0 + line), text, font=font, fill=colour_of(label))
-    return picture
+    rows = zip(*(found[k].tolist() for k in ("boxes", "labels", "scores")))
+    boxes = [(box, f"{classes[label]} {score:.2f}", colour_of(label))
+             for box, label, score in rows if score >= threshold]
+    return draw_boxes(image, boxes[::-1])  # the best is drawn last, on top
 
 
 def sheet_of(pictures: list[Image.Image], columns: int = 4, cell: int = 400,
@@ -50,9 +94,10 @@ def sheet_of(pictures: list[Image.Image], columns: int = 4, cell: int = 400,
     columns, height = min(columns, len(pictures)), max(p.height for p in pictures) + 8
     top = 36 if titles else 0
     sheet = Image.new("RGB", (columns * cell, top + -(-len(pictures) // columns) * height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(22)
-    for i, title in enumerate(titles or []):
-        pen.text((i * cell + cell / 2, top / 2), title, "black", font, anchor="mm")
+    pen = ImageDraw.Draw(sheet)
+    for i, (title, font) in enumerate(map(with_font, titles or [])):
+        at = (i * cell + cell / 2, top / 2)
+        pen.text(at, title, "black", ImageFont.truetype(font, 22), anchor="mm")
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * cell + 4, top + i // columns * height + 4))
     return sheet
@@ -72,6 +117,20 @@ def results_sheet(dataset, results: list[dict], count: int = 8) -> Image.Image:
     return sheet_of(pictures)
 
 
+def training_sheet(dataset, indices: list[int], path: Path) -> None:
+    """Writes a sheet of items of a set as the model sees them, with their boxes and classes."""
+    pictures = []
+    for index in indices:
+        try:
+            image, objects = dataset.item_to_draw(index)
+        except InputError:  # a broken image: the run stops when it gets there
+            continue
+        boxes = [(box, dataset.classes[label], colour_of(label)) for box, label in objects]
+        pictures.append(draw_boxes(image, boxes))
+    if pictures:
+        sheet_of(pictures).save(path)
+
+
 def predictions_sheet(pictures: list[Image.Image], probabilities: Tensor, labels: list[int],
                       classes: list[str]) -> Image.Image:
     """Pictures with their best class and its probability. A wrong one is red and names the right class.
@@ -80,19 +139,14 @@ def predictions_sheet(pictures: list[Image.Image], probabilities: Tensor, labels
     for picture, p, label in zip(pictures, probabilities, labels):
         best = p.argmax().item()
         text = f"{classes[best]} {p[best]:.2f}" + ("" if best == label else f", not {classes[label]}")
-        picture = picture.resize((256, 256), Image.Resampling.BICUBIC)
-        ImageDraw.Draw(picture).rectangle((0, 232, 256, 256), fill="black")
-        ImageDraw.Draw(picture).text((6, 236), text[:40], fill="white" if best == label else "tomato",
-                                     font=ImageFont.load_default(14))
-        cells.append(picture)
-    return sheet_of(cells, cell=264)
+        cells.append(draw_boxes(picture, [(None, text, RIGHT if best == label else WRONG)]))
+    return sheet_of(cells)
 
 
 def draw_curves(log: list[dict], scores: tuple[str, ...], path: Path) -> None:
     """Draws a run's log: losses on the left, the named validation scores on the right."""
     from matplotlib.figure import Figure
     losses = [e for e in log if "loss" in e]
-    evaluations = [e for e in log if scores[0] in e]
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for key in losses[0] if losses else ():
@@ -100,7 +154,8 @@ def draw_curves(log: list[dict], scores: tuple[str, ...], path: Path) -> None:
             left.plot([e["step"] for e in losses], [e[key] for e in losses], label=key,
                       lw=2 if key == "loss" else 1)
     for key in scores:
-        right.plot([e["step"] for e in evaluations], [e[key] for e in evaluations], "o-", ms=3, label=key)
+        measured = [e for e in log if e.get(key, -1) >= 0]  # AP is -1 on a set without objects
+        right.plot([e["step"] for e in measured], [e[key] for e in measured], "o-", ms=3, label=key)
     left.set(xlabel="step", yscale="log", title="training loss")
     right.set(xlabel="step", ylim=(0, 1), title="validation")
     for axis in (left, right):
@@ -171,7 +226,8 @@ def attention_picture(image: Image.Image, layers: list, padded: tuple[float, flo
             axis.set(xlim=(-0.5, w - 0.5), ylim=(h - 0.5, -0.5), xticks=[], yticks=[])
             if row == 0:
                 axis.set_title(f"layer {first_layer + column}", fontsize=11)
-        axes[row, 0].set_ylabel(f"{classes[label]} {score:.2f}", fontsize=11)
+        text, font = with_font(f"{classes[label]} {score:.2f}")
+        axes[row, 0].set_ylabel(text, font=Path(font), fontsize=11, parse_math=False)
     handles, names = axes[0, 0].get_legend_handles_labels()
     legend = figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
     for handle in legend.legend_handles:
@@ -190,11 +246,11 @@ def corruption_chart(names: tuple[str, ...], row: tuple[float, ...], clean: floa
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axis = figure.subplots()
     axis.bar(range(len(row)), row, color=["#264653"] + ["#2a9d8f"] * len(names), label="this model")
-    axis.axhline(clean, color="black", ls="--", lw=1, label=f"clean images: {clean:.1f}")
+    axis.axhline(clean, color="black", ls="--", lw=1, label=f"clean images: {tables.cell(clean)}")
     if paper:
         axis.plot(range(len(paper)), paper, "D", color="#e76f51", ms=5, label="paper, Table 4")
     axis.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
-    axis.set(ylabel="AP, mean of the severities")
+    axis.set(ylabel="AP, mean of the severities", ylim=(0, max(1, axis.get_ylim()[1])))
     axis.grid(axis="y", alpha=0.3)
     axis.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     figure.savefig(path, dpi=130)

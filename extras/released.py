@@ -223,7 +223,7 @@ def read_checkpoint(path: str | PathLike) -> dict:
 def load_released(path_or_state_dict: str | PathLike | dict, num_heads: int | None = None,
                   gn_groups: int = 32) -> Detector:
     """A detector with the weights of one of the authors' checkpoints, in
-    eval mode, in the dtype of the weights.
+    eval mode, in the dtype of the weights, at least float32.
 
     Args:
         path_or_state_dict: the file (only tensors and plain containers are read), or its content:
@@ -244,7 +244,7 @@ def load_released(path_or_state_dict: str | PathLike | dict, num_heads: int | No
         raise InputError("not a whole released FP-DETR checkpoint: it lacks 'bbox_head.cls_branches.0.bias'")
     num_classes = state["bbox_head.cls_branches.0.bias"].shape[0]
     detector = released_layout(Detector(config, num_classes), gn_groups)
-    detector = detector.to(state[QUERY_KEY].dtype)
+    detector = detector.to(torch.promote_types(state[QUERY_KEY].dtype, torch.float32))
     try:
         detector.load_state_dict(convert_names(state, config.heads))
     except RuntimeError as e:

@@ -106,35 +106,37 @@ def hsv(hue: float, saturation: float, value: float) -> np.ndarray:
 
 # ---------------------------------------------------------------------- the sets, as data.py reads them
 
-def detection_pictures(data: str, split: str, limit: int | None) -> tuple[list[tuple], dict]:
+def detection_pictures(data: str, split: str, limit: int | None) -> tuple[list[Image.Image], dict]:
     """The embedded detection set: 2,000 training and 300 validation pictures of 64 x 64 pixels. A
     picture's generator is seeded by its split and number, so the splits share no picture.
 
     Returns:
-        [(id, image, boxes xyxy (n, 4), labels (n,))], and the ground truth in COCO format.
+        the pictures, and their annotations in COCO format.
     """
     pictures, annotations = [], []
     for i in range({"train": 2000, "val": 300}[split])[:limit]:
         rng = np.random.default_rng((20220425, split == "val", i))
         image, boxes, labels = shape_scene(rng, colours=EMBEDDED_SETS[data])
-        pictures.append((i + 1, image, boxes, labels))
+        pictures.append(image)
         for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist()):
             annotations.append({"id": len(annotations) + 1, "image_id": i + 1, "category_id": label + 1,
                                 "iscrowd": 0, "bbox": [x0, y0, x1 - x0, y1 - y0],
                                 "area": (x1 - x0) * (y1 - y0)})
     truth = {"images": [{"id": i, "width": image.width, "height": image.height, "file_name": f"{i}.png"}
-                        for i, image, _, _ in pictures],
+                        for i, image in enumerate(pictures, 1)],
              "annotations": annotations,
              "categories": [{"id": i, "name": name} for i, name in enumerate(SHAPES, 1)]}
     return pictures, truth
 
 
-def classification_pictures(data: str, split: str, limit: int | None) -> list[tuple[Image.Image, int]]:
+def classification_pictures(data: str, split: str,
+                            limit: int | None) -> tuple[list[Image.Image], np.ndarray]:
     """The embedded classification set: 8,000 training and 400 validation pictures of 64 x 64 pixels
-    with one shape in each, as (image, label)."""
-    items = []
+    with one shape in each, and the labels (n,) int64."""
+    pictures, all_labels = [], []
     for i in range({"train": 8000, "val": 400}[split])[:limit]:
         rng = np.random.default_rng((20220426, split == "val", i))
         image, _, labels = shape_scene(rng, objects=1, colours=EMBEDDED_SETS[data])
-        items.append((image, int(labels[0])))
-    return items
+        pictures.append(image)
+        all_labels.append(labels[0])
+    return pictures, np.array(all_labels)

@@ -8,6 +8,7 @@ evaluation/corruptions.json.
 """
 import json
 import statistics
+from itertools import combinations
 from pathlib import Path
 
 from engine import InputError
@@ -64,15 +65,15 @@ TABLE_4 = {  # COCO-C: the mean over 15 corruptions (mPC), then each of them, av
     "FP-DETR-Base":
         (23.7, 22.5, 22.7, 20.4, 22.9, 18.9, 21.7, 8.0, 22.4, 27.1, 33.4, 38.0, 25.3, 26.1, 20.0, 25.6),
 }
-TABLE_5 = {  # Cityscapes: epochs, METRICS as mean and deviation of five seeds
-    "DETR": (300, "15.9±0.9", "34.8±1.6", "12.7±1.0", "2.9±0.1", "13.5±0.7", "33.8±2.1"),
-    "UP-DETR": (300, "23.8±1.3", "45.7±2.2", "20.8±1.2", "4.0±0.5", "20.3±1.9", "46.6±1.9"),
-    "Conditional DETR": (150, "21.1±0.7", "42.7±1.3", "18.8±1.6", "3.6±0.3", "19.8±0.3", "41.1±1.0"),
-    "Deformable DETR": (50, "27.3±0.6", "49.2±0.6", "26.3±0.8", "8.7±0.2", "28.2±0.8", "45.7±0.7"),
-    "YOLOS-S": (150, "9.8±0.1", "25.3±0.4", "6.1±0.4", "1.9±0.2", "8.1±0.4", "20.7±0.4"),
-    "FP-DETR-Lite": (50, "26.7±0.6", "49.1±0.8", "25.7±0.7", "9.7±0.7", "28.6±0.6", "42.8±0.7"),
-    "FP-DETR-Small": (50, "28.6±0.2", "52.0±0.6", "26.9±0.8", "10.1±0.6", "30.2±0.6", "46.3±0.7"),
-    "FP-DETR-Base": (50, "29.6±0.5", "53.6±0.9", "28.4±0.4", "11.2±0.7", "30.9±0.8", "47.4±1.2"),
+TABLE_5 = {  # Cityscapes: epochs, METRICS as mean and deviation of five seeds, parameters
+    "DETR": (300, "15.9±0.9", "34.8±1.6", "12.7±1.0", "2.9±0.1", "13.5±0.7", "33.8±2.1", 41),
+    "UP-DETR": (300, "23.8±1.3", "45.7±2.2", "20.8±1.2", "4.0±0.5", "20.3±1.9", "46.6±1.9", 41),
+    "Conditional DETR": (150, "21.1±0.7", "42.7±1.3", "18.8±1.6", "3.6±0.3", "19.8±0.3", "41.1±1.0", 44),
+    "Deformable DETR": (50, "27.3±0.6", "49.2±0.6", "26.3±0.8", "8.7±0.2", "28.2±0.8", "45.7±0.7", 40),
+    "YOLOS-S": (150, "9.8±0.1", "25.3±0.4", "6.1±0.4", "1.9±0.2", "8.1±0.4", "20.7±0.4", 31),
+    "FP-DETR-Lite": (50, "26.7±0.6", "49.1±0.8", "25.7±0.7", "9.7±0.7", "28.6±0.6", "42.8±0.7", 11),
+    "FP-DETR-Small": (50, "28.6±0.2", "52.0±0.6", "26.9±0.8", "10.1±0.6", "30.2±0.6", "46.3±0.7", 24),
+    "FP-DETR-Base": (50, "29.6±0.5", "53.6±0.9", "28.4±0.4", "11.2±0.7", "30.9±0.8", "47.4±1.2", 36),
 }
 TABLE_7 = {  # encoder-decoder (A.2): class tokens, ImageNet-1k top-1, METRICS, parameters
     "FP-EncDec, 1 class token": (1, 72.0, 33.1, 51.8, 35.7, 17.9, 35.9, 43.4, 12),
@@ -86,9 +87,12 @@ TABLE_8 = {  # pre-training on ImageNet-1k and, "21k", on ImageNet-21k-P: epochs
     "FP-DETR-Base, 21k": TABLE_2["FP-DETR-Base, ImageNet-21k"],
 }
 HEADERS = {1: ("epochs", "top-1", "params (M)"), 2: ("epochs", *METRICS, "params (M)"),
-           3: ("shared", *METRICS, "params (M)"), 4: ("mean", *CORRUPTIONS), 5: ("epochs", *METRICS),
-           7: ("tokens", "top-1", *METRICS, "params (M)"), 8: ("epochs", *METRICS, "params (M)")}
+           3: ("shared", *METRICS, "params (M)"), 4: ("mean", *CORRUPTIONS),
+           5: ("epochs", *METRICS, "params (M)"), 7: ("tokens", "top-1", *METRICS, "params (M)"),
+           8: ("epochs", *METRICS, "params (M)")}
 PAPER = {1: TABLE_1, 2: TABLE_2, 3: TABLE_3, 4: TABLE_4, 5: TABLE_5, 7: TABLE_7, 8: TABLE_8}
+WHOLE = {1: ("imagenet val", 50_000), 5: ("cityscapes val", 500)}  # data and images of Tables 1 and 5
+COCO = ("coco val", 5000)  # of all others
 
 
 # --------------------------------------------------------------------------------------------- Markdown
@@ -124,7 +128,7 @@ def read_json(path: Path, command: str) -> dict:
     """A JSON object that a run left. If it is absent or damaged,
     InputError names `command`, which makes it."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path} is missing: it comes from {command}") from None
     except (OSError, ValueError, RecursionError) as e:
@@ -136,71 +140,125 @@ def read_json(path: Path, command: str) -> dict:
 
 def corruption_row(state: dict) -> tuple[float, ...]:
     """The content of corruptions.json -> a row of Table 4 in percent: the mean of the corruptions (mPC
-    of Michaelis et al. 2019), then AP under each, averaged over its severities."""
-    each = {name: 100 * statistics.mean(m["AP"] for m in by_severity.values())
-            for name, by_severity in state["corruptions"].items()}
+    of Michaelis et al. 2019), then AP under each, averaged over its severities. NONE without objects."""
+    each = {}
+    for name, by_severity in state["corruptions"].items():
+        values = [metrics["AP"] for metrics in by_severity.values()]
+        each[name] = 100 * statistics.mean(values) if min(values) >= 0 else NONE
     return statistics.mean(each.values()), *(each.get(name, NONE) for name in CORRUPTIONS)
 
 
 def paper_table(number: int, folders: list[str]) -> str:
     """Table 1, 2, 3, 4, 5, 7 or 8 of the paper, and below its rows one for each run folder of ours.
-    Table 5 has one row for all folders: the mean and deviation of their seeds.
+    Table 5 has one row for all folders: the mean and deviation of their seeds. Brackets after a name
+    say how the scores differ from the paper's setting.
 
     Raises:
-        InputError: a folder lacks what this table shows; the message says which command makes it.
+        InputError: a folder lacks what this table shows, or its files do not belong together.
     """
     folders = [Path(f) for f in folders]
     groups = [folders] if number == 5 and folders else [[f] for f in folders]
     rows = []
     for group in groups:
         try:
-            row = row_of_seeds(group) if number == 5 else row_of_run(number, *group)
+            runs = [read_run(number, folder) for folder in group]
+            row = row_of_seeds(group, runs) if number == 5 else row_of_run(number, *runs)
+            note = notes(number, runs[0])
         except InputError:
             raise
-        except (KeyError, TypeError, ValueError) as e:
-            raise InputError(f"{group[0]} holds no whole figures for Table {number} ({e!r}): evaluate it "
-                             f"again") from None
-        name = f"{group[0]}" if len(group) == 1 else f"{group[0]} to {group[-1].name}, {len(group)} seeds"
-        rows.append((f"ours: {name}{other_data(group[0])}", row))
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise InputError(f"{group[0]} holds no whole figures for Table {number} ({e!r}): evaluate "
+                             f"it again") from None
+        more = f" to {group[-1].name}, {len(group)} seeds" if len(group) > 1 else ""
+        rows.append((f"ours: {group[0]}{more}{note}", row))
     return markdown(f"Table {number}", HEADERS[number], [*PAPER[number].items(), *rows])
 
 
-def scores_of(folder: Path) -> dict:
-    """metrics.json of a run. Scores of evaluate.py replace those at the end of training."""
-    run = read_json(folder / "metrics.json", "a training run that reached its end")
-    evaluated = folder / "evaluation" / "metrics.json"
-    return {**run, **(read_json(evaluated, "evaluate.py") if evaluated.exists() else {})}
+def read_run(number: int, folder: Path) -> dict:
+    """A run folder's figures for a table. Those of evaluate.py replace those at the end of training,
+    which stay under "run". InputError if the run is of the wrong stage, or if evaluate.py measured
+    another checkpoint."""
+    stage = "pretrain" if number == 1 else "finetune"
+    run, path = {}, folder / "metrics.json"
+    if number != 4 or path.exists():  # Table 4 also takes other detectors, which have no run
+        run = read_json(path, "a training run that reached its end")
+    if run.get("stage", stage) != stage:
+        raise InputError(f"{folder} is a run of {run['stage']}.py: Table {number} takes runs of "
+                         f"{stage}.py")
+    path = folder / "evaluation" / ("corruptions.json" if number == 4 else "metrics.json")
+    if number == 1 or number != 4 and not path.exists():
+        return {**run, "run": run}
+    command = "evaluate.py {}" + (" --corruptions all" if number == 4 else "")
+    measured = read_json(path, command.format(folder / "last.pt"))
+    measured = {**measured.get("of", {}), **measured}
+    changed, step = measured.get("changed"), measured.get("step")
+    # Older corruptions.json name the checkpoint as the model.
+    name = Path(measured.get("checkpoint", changed and measured.get("model")) or "").name
+    file = folder / (name or "last.pt")
+    wrong = run and not name and ("checkpoint" in measured or "model" in measured)  # another detector
+    wrong = wrong or changed and file.is_file() and file.stat().st_mtime != changed
+    if wrong or name == "last.pt" and None not in (step, run.get("step")) and step != run["step"]:
+        raise InputError(f"{path} was not measured on {file} of the finished run: end the training, "
+                         f"then run {command.format(file)}")
+    return {**run, **measured, "checkpoint": name, "run": run}
 
 
-def other_data(folder: Path) -> str:
-    """The data of a run's scores, unless that is a whole validation set of the paper."""
-    scores = scores_of(folder) if (folder / "metrics.json").exists() else {}
-    data, images = scores.get("data"), scores.get("images")
-    whole = ((None, None), ("coco val", 5000), ("cityscapes val", 500), ("imagenet val", 50_000))
-    return "" if (data, images) in whole else f" ({data}, {images} images)"
+def notes(number: int, scores: dict) -> str:
+    """How scores differ from the paper's setting, in brackets; "" if they do not."""
+    found, size = [], 224 if number == 1 else 800
+    data = scores.get("data"), scores.get("images")
+    if data not in ((None, None), WHOLE.get(number, COCO)):
+        found.append("{}, {} images".format(*data))
+    if scores.get("limit_train"):
+        found.append(f"trained on {scores['limit_train']} images")
+    if scores.get("image_size", size) != size:
+        found.append(f"image size {scores['image_size']}")
+    if scores.get("checkpoint", "") not in ("", "last.pt"):
+        step = f" of step {scores['step']}" if scores.get("step") else ""
+        found.append(scores["checkpoint"] + step)
+    if number == 7 and (before := notes(1, pretraining_of(scores))):
+        found.append(f"pre-training{before}")
+    if number == 4:
+        passes, all_passes = sum(map(len, scores["corruptions"].values())), 5 * len(CORRUPTIONS)
+        if passes < all_passes:
+            found.append(f"{passes} of the {all_passes} corruptions and severities")
+        if scores.get("frost_dir") == "generated" and "frost" in scores["corruptions"]:
+            found.append("frost drawn")
+    return f" ({', '.join(found)})" if found else ""
 
 
-def row_of_seeds(folders: list[Path]) -> tuple:
-    """Table 5: mean and deviation of several runs."""
-    seeds = [scores_of(folder) for folder in folders]
-    return seeds[0]["epochs"], *(mean_and_deviation([s[m] for s in seeds]) for m in METRICS)
+def pretraining_of(scores: dict) -> dict:
+    """metrics.json of the pre-training run that a run started from, or {} if there is none."""
+    start = Path(scores["pretrained"] or "")
+    path = start.parent / "metrics.json"  # it has the scores of last.pt
+    found = read_json(path, "pretrain.py") if start.name == "last.pt" and path.exists() else {}
+    return found if found.get("stage", "pretrain") == "pretrain" else {}
 
 
-def row_of_run(number: int, folder: Path) -> tuple:
+def row_of_seeds(folders: list[Path], seeds: list[dict]) -> tuple:
+    """Table 5: mean and deviation of runs that differ in their seed only."""
+    recipes = [{**s["run"], **dict.fromkeys(METRICS), "evaluation": notes(5, s)} for s in seeds]
+    for (a, one), (b, two) in combinations(zip(folders, recipes), 2):
+        differ = sorted(k for k in one.keys() & two.keys() - {"seed"} if one[k] != two[k])
+        if differ or one.get("seed", a) == two.get("seed", b):
+            what = f"differ in {', '.join(differ)}" if differ else "have the same seed"
+            raise InputError(f"{a} and {b} {what}: give runs that differ in their seed only")
+    return (seeds[0]["epochs"], *(mean_and_deviation([s[m] for s in seeds]) for m in METRICS),
+            seeds[0]["parameters"] / 1e6)
+
+
+def row_of_run(number: int, scores: dict) -> tuple:
     """A run's row of any other table; figures in percent, parameters in millions."""
     if number == 4:
-        return corruption_row(read_json(folder / "evaluation" / "corruptions.json",
-                                        f"evaluate.py {folder / 'last.pt'} --corruptions all"))
-    run = scores_of(folder)
-    parameters = run["parameters"] / 1e6
+        return corruption_row(scores)
+    parameters = scores["parameters"] / 1e6
     if number == 1:
-        return run["epochs"], 100 * run["top1"], parameters
-    metrics = [100 * run[m] for m in METRICS]
+        return scores["epochs"], 100 * scores["top1"], parameters
+    metrics = [100 * scores[m] for m in METRICS]
     if number == 3:
-        shared = "-" if run["adaptor"] == "none" else "no" if run["adaptor_per_layer"] else "yes"
+        shared = "-" if scores["adaptor"] == "none" else "no" if scores["adaptor_per_layer"] else "yes"
         return shared, *metrics, parameters
     if number == 7:
-        before = Path(run["pretrained"] or "").parent / "metrics.json"  # of the pre-training run
-        before = read_json(before, "pretrain.py") if run["pretrained"] and before.exists() else {}
+        before = pretraining_of(scores)
         return before.get("class_tokens", "-"), 100 * before.get("top1", NONE), *metrics, parameters
-    return run["epochs"], *metrics, parameters
+    return scores["epochs"], *metrics, parameters

@@ -100,6 +100,22 @@ def test_centre_crop_takes_224_of_256():
     assert got.shape == (224, 224, 3) and (got[8:-8, 8:-8] == (0, 255, 0)).all()
 
 
+@pytest.mark.parametrize("size", [64, 160, 224])
+def test_centre_crop_rounds_as_torchvision(monkeypatch, size):
+    """Its Resize and CenterCrop; the short side is DeiT's."""
+    resized, cropped, resize, crop = [], [], Image.Image.resize, Image.Image.crop
+    monkeypatch.setattr(Image.Image, "resize", lambda i, to, *a: resized.append(to) or resize(i, to, *a))
+    monkeypatch.setattr(Image.Image, "crop", lambda i, box: cropped.append(box) or crop(i, box))
+    short = {64: 73, 160: 182, 224: 256}[size]
+    for w, h in [(500, 375), (375, 500), (333, 500), (640, 427), (300, 300), (97, 61), (20, 999)]:
+        augment.centre_crop(Image.new("RGB", (w, h)), size)
+        long = int(short * max(w, h) / min(w, h))
+        width, height = (short, long) if w <= h else (long, short)
+        assert tuple(resized[-1]) == (width, height)
+        left, top = int(round((width - size) / 2)), int(round((height - size) / 2))
+        assert cropped[-1] == (left, top, left + size, top + size)
+
+
 def test_random_erasing_replaces_one_rectangle_by_noise():
     areas = []
     for seed in range(400):

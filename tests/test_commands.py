@@ -3,6 +3,7 @@ help, and the commands of README and docs."""
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -15,7 +16,7 @@ from PIL import Image
 import engine
 import finetune
 from data import detection_set
-from evaluate import load_detector
+from evaluate import detect_image, load_detector
 from model import VARIANTS, Detector
 
 FAST = "--epochs 2 --limit-train 24 --limit-val 6 --batch-size 8 --eval-every 1".split()
@@ -32,10 +33,11 @@ def trained(tmp_path_factory):
 
 def check_run_folder(out, picture, score):
     """Each file is there, and the log has two evaluations."""
-    files = {"args.json", "log.jsonl", "curves.png", "last.pt", "best.pt", "metrics.json", picture}
+    files = {"args.json", "log.jsonl", "training.png", "curves.png", "last.pt", "best.pt", "metrics.json",
+             picture}
     assert {p.name for p in out.iterdir()} == files
     assert json.loads((out / "args.json").read_text())["variant"] == "tiny"
-    assert min(Image.open(out / name).size[0] for name in ("curves.png", picture)) > 500
+    assert min(Image.open(out / name).size[0] for name in ("training.png", "curves.png", picture)) > 500
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [entry["epoch"] for entry in log if score in entry] == [1, 2]
     return [entry for entry in log if "loss" in entry]
@@ -86,6 +88,157 @@ def test_real_pictures_with_gapped_categories(shared, tmp_path):
     short = [*SHORT, *"--batch-size 4 --micro-batch 2 --workers 2 --image-size 128".split()]
     run(tmp_path, "finetune.py", "--data", shared("data/coco_mini"), *short)
     assert (tmp_path / "runs" / "finetune-tiny-coco_mini" / "detections.png").exists()
+
+
+def coco_folder(folder, **changes):
+    """16 + 6 embedded pictures as a folder in COCO format. changes: split=function(content)."""
+    for split, count in (("train", 16), ("val", 6)):
+        dataset = detection_set("shapes", split, limit=count)
+        content = dataset.ground_truth
+        (folder / split).mkdir(parents=True)
+        (folder / "annotations").mkdir(exist_ok=True)
+        for entry, record in zip(content["images"], dataset.records):
+            record.image().save(folder / split / entry["file_name"])
+        changes.get(split, lambda content: None)(content)
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return folder
+
+
+OWN = "--data data --image-size 64 --batch-size 8 --workers 0 --epochs 1 --out run".split()
+
+
+def test_the_first_line_says_what_is_trained_on_what(tmp_path, capsys):
+    def change(content):
+        content["annotations"][0]["iscrowd"] = 1
+        content["annotations"][1]["bbox"][2] = 0
+        content["annotations"][2]["bbox"][:2] = [900, 900]
+    coco_folder(tmp_path / "data", train=change)
+    objects = len(detection_set("shapes", "train", limit=16).ground_truth["annotations"]) - 3
+    call(tmp_path, "finetune.py", *OWN, "--queries", 5)
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("tiny: "))
+    for part in ("0.8M parameters", "8 classes", f"16 images, {objects} objects", "2 steps per epoch",
+                 "left out: 1 crowd regions, 1 empty, 1 outside of their image", "2 in all",
+                 "cpu, float32, attention by "):
+        assert part in line
+    assert "fewer than 3,000 steps" in printed
+    # A start from a detector keeps its queries.
+    call(tmp_path, "finetune.py", *OWN, "--overwrite", "--pretrained", "run/best.pt")
+    assert "queries, adaptor, class_head, box_head; starting fresh: nothing" in capsys.readouterr().out
+    assert engine.load_checkpoint(tmp_path / "run" / "last.pt")["config"]["queries"] == 5
+    call(tmp_path, "finetune.py", *OWN, "--resume", "--pretrained", "run/best.pt")
+    # Other objects in as many images are another training set.
+    coco_folder(tmp_path / "other", train=lambda content: content["annotations"].pop())
+    shutil.copytree(tmp_path / "other", tmp_path / "data", dirs_exist_ok=True)
+    refused(tmp_path, "finetune.py", *OWN, "--resume", "--pretrained", "run/best.pt", says="training_set ")
+    # What a run needs is not removed with the folder that it replaces.
+    shutil.copytree(tmp_path / "other", tmp_path / "run" / "data")
+    own = [*OWN, "--data", "run/data", "--overwrite"]
+    refused(tmp_path, "finetune.py", *own, says="would remove run and in it run/data, which this run needs")
+
+
+def test_sets_without_objects(tmp_path, capsys):
+    def no_objects(content):
+        content["annotations"] = []
+
+    def crowds(content):
+        content["annotations"] = [{**a, "iscrowd": 1} for a in content["annotations"]]
+    for name, change in (("bare", no_objects), ("crowd", crowds)):
+        coco_folder(tmp_path / name / "data", train=change)
+        refused(tmp_path / name, "finetune.py", *OWN, says="nothing to learn: 16 images, 0 objects")
+    coco_folder(tmp_path / "data", val=no_objects)
+    call(tmp_path, "finetune.py", *OWN)
+    call(tmp_path, "evaluate.py", "run/best.pt", "--corruptions", "fog", "--severities", 1, "--workers", 0)
+    printed = capsys.readouterr().out
+    assert printed.count("has no objects, so AP is not defined") == 2 and "epoch 1: AP -, " in printed
+    assert "clean AP -, mean under corruption (mPC) -, relative (rPC) - %" in printed
+
+
+def test_classes_are_matched_by_name(trained, tmp_path, capsys):
+    """The classes of the set stand in reverse order. The scores stay."""
+    last, scores = trained / "runs" / "finetune-tiny-shapes" / "last.pt", []
+    names = [c["name"] for c in detection_set("shapes", "val", limit=1).ground_truth["categories"]]
+
+    def reverse(content):
+        for c in content["categories"]:
+            c["name"] = names[8 - c["id"]]
+        for a in content["annotations"]:
+            a["category_id"] = 9 - a["category_id"]
+
+    def rename(content):
+        content["categories"][0]["name"] = "disk"
+    for name, change in (("plain", None), ("reversed", reverse), ("renamed", rename)):
+        data = coco_folder(tmp_path / name, **({"val": change} if change else {}))
+        flags = [last, "--data", data, "--out", tmp_path / "out", "--workers", 0]
+        if name == "renamed":
+            refused(tmp_path, "evaluate.py", *flags, says="other names (circle, disk): rename them, or")
+        else:
+            call(tmp_path, "evaluate.py", *flags)
+            measured = json.loads((tmp_path / "out" / "metrics.json").read_text())
+            scores.append([measured[m] for m in ("AP", "AP50", "AP75")])
+            by_class = {c["name"]: (c["objects"], c["AP"]) for c in measured["classes"]}
+            scores[-1].append(sorted(by_class.items()))
+            found = [ap for _, ap in by_class.values() if ap >= 0]
+            assert sum(found) / len(found) == pytest.approx(measured["AP"])
+    assert scores[0] == scores[1] and "matched by name" in capsys.readouterr().out
+    truth = detection_set("shapes", "val", limit=6).ground_truth
+    for i, name in enumerate(names, 1):
+        assert dict(scores[0][3])[name][0] == sum(a["category_id"] == i for a in truth["annotations"])
+
+
+def test_scores_say_what_they_are_of_and_detections_are_printed(trained, tmp_path, capsys):
+    last = trained / "runs" / "finetune-tiny-shapes" / "last.pt"
+    call(tmp_path, "evaluate.py", last, "--limit-val", 3, "--image-size", 48, "--split", "train",
+         "--out", "out", "--workers", 0)
+    measured = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    expected = {"data": "shapes train", "split": "train", "images": 3, "image_size": 48, "amp": "off",
+                "checkpoint": "last.pt", "step": 6, "changed": last.stat().st_mtime}
+    assert expected.items() <= measured.items()
+    detection_set("shapes", "val", limit=1).records[0].image().save(tmp_path / "a.png")
+    capsys.readouterr()
+    call(tmp_path, "evaluate.py", last, "--images", "a.png", "--threshold", 0.02, "--out", "out")
+    objects = json.loads((tmp_path / "out" / "a-detections.json").read_text())
+    printed = capsys.readouterr().out.splitlines()
+    model, checkpoint = load_detector(last)
+    found = detect_image(model, Image.open(tmp_path / "a.png"), image_size=64)
+    count = int((found["scores"] >= 0.02).sum())
+    assert len(objects) == count == len(printed) - 1 > 0
+    best = {"class": checkpoint["classes"][found["labels"][0]], "score": found["scores"][0].item(),
+            "box": found["boxes"][0].tolist()}
+    assert objects[0]["class"] == best["class"] and best["class"] in printed[1]
+    assert objects[0]["score"] == pytest.approx(best["score"], abs=1e-4)
+    assert objects[0]["box"] == pytest.approx(best["box"], abs=0.06)
+
+
+def test_detection_from_python_as_the_readme_shows_it(trained, tmp_path, monkeypatch, capsys):
+    text = (ROOT / "README.md").read_text().split("From Python:\n\n")[1].split("\n\n")[0]
+    lines = [line.removeprefix("    ") for line in text.splitlines()]
+    assert len(lines) <= 8
+    Image.new("RGB", (70, 50)).save(trained / "photo.jpg")
+    monkeypatch.chdir(trained)
+    exec("\n".join(lines), {})
+    assert len(capsys.readouterr().out.splitlines()) == 100
+
+
+def test_coco_c_is_made_anew_for_corrected_annotations_only(trained, tmp_path, capsys):
+    last = trained / "runs" / "finetune-tiny-shapes" / "last.pt"
+    data, out = coco_folder(tmp_path / "data"), tmp_path / "out" / "corruptions.json"
+    flags = [last, "--data", data, "--corruptions", "fog", "--severities", 1, "--out", out.parent,
+             "--workers", 0, "--device", "cpu"]
+    call(tmp_path, "evaluate.py", *flags)
+    before, file = json.loads(out.read_text()), data / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    del content["annotations"][0]
+    file.write_text(json.dumps(content))
+    refused(tmp_path, "evaluate.py", *flags, "--amp", "bf16", says="amp off (now bf16)")
+    call(tmp_path, "evaluate.py", *flags)
+    after = json.loads(out.read_text())
+    assert "made anew" in capsys.readouterr().out and before["of"] != after["of"]
+    call(tmp_path, "evaluate.py", *flags)
+    assert json.loads(out.read_text()) == after
+    content["images"][3].update(width=30)
+    file.write_text(json.dumps(content))
+    refused(tmp_path, "evaluate.py", *flags, says="4.png is too small for the corruptions")
 
 
 # ------------------------------------------------------------ adaptors and structures (Tables 3 and 7)

@@ -2,15 +2,17 @@
 annotation files and 200 malformed pictures. Each is refused in one line that names it, or wholly usable.
 """
 import colorsys
+import gc
 import io
 import json
 import os
 import pickle
 import re
-import resource
+import shutil
 import signal
 import struct
 import sys
+import tracemalloc
 import warnings
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -71,6 +73,40 @@ def test_exif_rotation_is_applied(tmp_path, orientation, size, red):
     assert abs(np.asarray(image)[red].astype(int) - RED).max() < 30
     # Boxes may have been drawn on the unrotated picture.
     assert read_image(tmp_path / "a.jpg", size=(64, 48)).size == (64, 48)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_data_do_no_harm(tmp_path):
+    """Only the orientation matters. Here the resolution is a text, or the block is cut off."""
+    entries = [(274, 3, 1, struct.pack("<HH", 6, 0)), (282, 2, 3, b"72\0\0"), (296, 2, 2, b"2\0\0\0")]
+    rows = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    block = b"II*\0" + struct.pack("<IH", 8, len(entries)) + rows + struct.pack("<I", 0)
+    for exif, size in ((b"Exif\0\0" + block, (48, 64)), (b"Exif\0\0" + block[:9], (64, 48))):
+        jpeg = encode("JPEG", two_coloured())
+        jpeg = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+        (tmp_path / "a.jpg").write_bytes(jpeg)
+        assert read_image(tmp_path / "a.jpg").size == size
+
+
+@pytest.mark.parametrize("value, kind, says", [
+    (0.5, np.float32, "floats"), (9e4, np.float32, "floats"), (70_000, np.int32, "more than 16 bits"),
+    (-1, np.int32, "more than 16 bits")])
+def test_pixels_of_unknown_range_are_refused(tmp_path, value, kind, says):
+    Image.fromarray(np.full((4, 5), value, kind)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=f"a.tif .*{says}"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("top, expected", [(255, 255), (200, 200), (4095, 255), (2048, 128), (65535, 255)])
+def test_grey_of_16_bits_may_use_8_or_12_of_them(tmp_path, top, expected):
+    Image.fromarray(np.array([[0, top]], np.uint16)).save(tmp_path / "a.png")
+    assert np.asarray(read_image(tmp_path / "a.png"))[0, :, 0].tolist() == [0, expected]
+
+
+def test_the_error_names_the_formats_that_are_read(tmp_path):
+    (tmp_path / "a.avif").write_bytes(b"\0\0\0 ftypavif")
+    with pytest.raises(InputError, match="a.avif cannot be read .*formats that are read: JPEG, PNG, WEBP"):
+        read_image(tmp_path / "a.avif")
 
 
 def test_pixels_are_normalised_and_come_back():
@@ -173,9 +209,11 @@ def test_coco_format_is_read_as_coco_means_it(folder):
     first, second = dataset.records
     assert first.boxes.tolist() == [[60, 40, 64, 48]]  # clipped; the crowd and the empty box are dropped
     assert first.labels.tolist() == [1] and len(second.boxes) == 0  # an image without boxes stays
-    # The metric still sees the crowd. pycocotools takes the id 0 for "no match".
-    rows = [[a[k] for k in ("id", "iscrowd", "area")] for a in dataset.ground_truth["annotations"]]
-    assert rows == [[1, 0, 400], [2, 1, 5], [3, 0, 0]]
+    # The metric still sees the crowd. Its boxes are clipped, too: a perfect model must reach AP 1.
+    # pycocotools takes the id 0 for "no match".
+    rows = [[a[k] for k in ("id", "iscrowd", "area", "bbox")] for a in dataset.ground_truth["annotations"]]
+    assert rows == [[1, 0, 32, [60, 40, 4, 8]], [2, 1, 5, [1, 2, 3, 4]]]
+    assert dataset.describe() == "2 images, 1 objects (left out: 1 crowd regions, 1 empty)"
     image, target = dataset[0]
     assert image.shape == (3, 48, 64) and target["image_id"] == 7 and target["size"] == (64, 48)
     assert torch.allclose(target["boxes"], torch.tensor([[62 / 64, 44 / 48, 4 / 64, 8 / 48]]))
@@ -203,6 +241,132 @@ def test_malformed_annotations_are_refused_with_their_place(tmp_path, part, key,
     for source, name in ((tmp_path / "x.json", "x.json"), (content, "given as a dict")):
         with pytest.raises(InputError, match=f"^annotations .*{name}.*{says}"):
             read_annotations(source)
+
+
+def ten_boxes(form: str) -> dict:
+    """Ten boxes in images of 640 x 480 pixels, in a convention that is not COCO's."""
+    rng = np.random.default_rng(0)
+    low, high = np.sort(rng.random((2, 40, 2)), 0)
+    size = np.array([640, 480])
+    boxes = {"coco": np.concatenate([low * size, (high - low) * size], 1),
+             "corners": np.concatenate([low * size, high * size], 1),
+             "centres": np.concatenate([(low + high) / 2 * size, (high - low) * size], 1),
+             "normalised": np.concatenate([low, high - low], 1),
+             "per mille": np.concatenate([low, high - low], 1) * 1000}[form]
+    return {"images": [dict(id=1, file_name="a.png", width=640, height=480)],
+            "categories": [{"id": 1, "name": "x"}],
+            "annotations": [{"image_id": 1, "category_id": 1, "bbox": box} for box in boxes.tolist()]}
+
+
+@pytest.mark.parametrize("form, says", [
+    ("corners", "would fit as corners"), ("centres", "top left corner"), ("normalised", "normalised"),
+    ("per mille", "leave their image")])
+def test_boxes_in_another_convention_are_refused(form, says):
+    with pytest.raises(InputError, match=says):
+        read_annotations(ten_boxes(form))
+    content = ten_boxes("coco")
+    annotations, _ = read_annotations(content)
+    assert len(annotations.boxes) == 40
+    content["annotations"][0]["bbox"][2] = 900.0  # one box that sticks out is clipped
+    assert read_annotations(content)[0].boxes[0, 2] == 640
+
+
+@pytest.mark.parametrize("data", [
+    TEXT.encode("utf-8-sig"), TEXT.encode("utf-16"), TEXT.replace("64", "64.0").encode(),
+    TEXT.replace('"id": 7', '"id": 7.0').replace("90", "90.0").encode(),
+    TEXT.replace('"iscrowd": 0', '"iscrowd": null').encode(),
+    TEXT.replace("kite", "\u0645\u06cc\u200c\u0631\u0648\u062f \u202f\u3000").encode()])
+def test_harmless_oddities_of_exports_change_nothing(tmp_path, data):
+    (tmp_path / "x.json").write_bytes(data)
+    (tmp_path / "plain.json").write_text(TEXT)
+    odd, plain = (vars(read_annotations(tmp_path / name)[0]) for name in ("x.json", "plain.json"))
+    assert [c["name"] for c in odd["categories"]][0] == "car"
+    for key in ("image_ids", "sizes", "boxes", "labels", "crowd", "areas"):
+        assert np.array_equal(odd[key], plain[key])
+
+
+@pytest.mark.parametrize("name, taken", [
+    ("Screenshot at 4.42.48\u202fPM.png", True), ("a\u200db.png", True), ("a\nb.png", False),
+    ("a\u2028b.png", False), ("a\x7fb.png", False), ("a\ud800b.png", False)])
+def test_names_may_have_any_space_but_no_line_end(folder, name, taken):
+    content = json.loads(TEXT)
+    content["images"][0]["file_name"] = name
+    if taken:
+        PICTURE.save(folder / "val" / name)
+        assert coco_format(folder / "val", content, name="x")[0][0].shape[0] == 3
+    else:
+        with pytest.raises(InputError, match="images.0.*not the name of a file"):
+            read_annotations(content)
+
+
+def test_entries_of_one_file_are_one_image(folder):
+    content = json.loads(TEXT)
+    content["images"].append(dict(id=11, file_name="./a.png", width=64, height=48))
+    content["annotations"].append({"image_id": 11, "category_id": 3, "bbox": [2, 3, 4, 5]})
+    dataset = coco_format(folder / "val", content, name="x")
+    assert [r.id for r in dataset.records] == [7, 9]
+    assert dataset.records[0].boxes.tolist() == [[1, 2, 31, 42], [2, 3, 6, 8]]
+    content["images"][2]["width"] = 65
+    with pytest.raises(InputError, match="images.2.*another entry of ./a.png has another size"):
+        coco_format(folder / "val", content, name="x")
+
+
+def test_the_layout_of_roboflow(folder):
+    for split, name in (("train", "train"), ("valid", "val")):
+        if split == "valid":
+            (folder / "val").rename(folder / "valid")
+        (folder / "annotations" / f"instances_{name}.json").rename(folder / split / "_annotations.coco.json")
+    for split in ("train", "val"):
+        assert len(detection_set(str(folder), split)[1][1]["labels"]) == 1
+    shutil.rmtree(folder / "valid")
+    with pytest.raises(InputError, match="valid is missing: needed are .*_annotations.coco.json"):
+        detection_set(str(folder), "val")
+
+
+def test_a_perfect_model_reaches_ap_1_although_boxes_stick_out(folder):
+    content = json.loads(TEXT)
+    content["annotations"][0]["bbox"] = [-20, -10, 60, 40]
+    content["annotations"].append({"image_id": 7, "category_id": 3, "bbox": [70, 9, 5, 5]})  # outside
+    dataset = coco_format(folder / "val", content, name="x")
+    found = [{"image_id": r.id, "category_id": dataset.category_ids[k], "score": 0.9,
+              "bbox": [x0, y0, x1 - x0, y1 - y0]}
+             for r in dataset.records for (x0, y0, x1, y1), k in zip(r.boxes.tolist(), r.labels)]
+    assert coco_metrics(dataset.ground_truth, found)["AP"] == pytest.approx(1)
+
+
+def test_the_digest_depends_on_all_that_is_learnt(folder, tmp_path):
+    changes = [(), ("annotations", "bbox", [1, 2, 30, 41]), ("annotations", "category_id", 3),
+               ("annotations", "iscrowd", 1), ("images", "file_name", "folder/../b.png"),
+               ("categories", "name", "plane"), ("images", "width", 63)]
+    digests = set()
+    for change in changes:
+        content = json.loads(TEXT)
+        if change:
+            content[change[0]][0][change[1]] = change[2]
+        digests.add(coco_format(folder / "val", content, name="x").digest)
+    digests.add(coco_format(folder / "val", json.loads(TEXT), limit=1, name="x").digest)
+    assert len(digests) == len(changes) + 1
+    assert coco_format(folder / "val", json.loads(TEXT), name="y").digest in digests
+
+
+def test_large_sets_take_few_bytes_per_item(tmp_path):
+    """As objects, an image of ImageNet took 547 bytes in each process, an annotation of COCO some 500."""
+    images = [dict(id=i, file_name=f"{i:012}.jpg", width=640, height=480) for i in range(2000)]
+    objects = [{"image_id": i % 2000, "category_id": 1, "bbox": [1, 2, 30.5, 40]} for i in range(20_000)]
+    content = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "x"}]}
+    for name in (f"{i:012}.jpg" for i in range(2000)):
+        (tmp_path / "train" / "cat").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / "cat" / name).touch()
+    (tmp_path / "train" / "dog").symlink_to(tmp_path / "train" / "cat")
+    tracemalloc.start()
+    for make, most in ((lambda: coco_format(tmp_path / "train" / "cat", content, name="x"), 2000 * 700),
+                       (lambda: classification_set(str(tmp_path), "train"), 4000 * 60)):
+        gc.collect()
+        before = tracemalloc.get_traced_memory()[0]
+        dataset = make()
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] - before < most and len(dataset) >= 2000
+    tracemalloc.stop()
 
 
 def test_a_missing_image_is_found_before_any_is_opened(folder):
@@ -315,7 +479,8 @@ def test_shapes_boxes_are_tight_and_all_classes_occur():
 def test_kinds_share_their_colours(data, hue_of):
     """The hue of the saturated pixels, in degrees. 3 % of the objects have any hue."""
     right = 0
-    for image, label in classification_set(data, "val", limit=80).items:
+    dataset = classification_set(data, "val", limit=80)
+    for image, label in zip(dataset.sources, dataset.labels):
         pixels = np.asarray(image).reshape(-1, 3) / 255
         hue = 360 * colorsys.rgb_to_hsv(*np.median(pixels[np.ptp(pixels, 1) > 0.4], 0))[0]
         right += abs((hue - hue_of[label] + 180) % 360 - 180) < 30
@@ -341,12 +506,22 @@ def test_any_folder_of_class_folders(tmp_path):
             Image.new("L", (90, 70), grey).save(tmp_path / "train" / name / f"{i}.jpg")
     dataset = classification_set(str(tmp_path), "train", image_size=64)
     assert dataset.classes == ["cat", "dog"]
-    assert [label for _, label in dataset.items] == [0, 0, 0, 1, 1, 1]
+    assert dataset.labels.tolist() == [0, 0, 0, 1, 1, 1]
     image, label = dataset[4]
     assert image.shape == (3, 64, 64) and label == 1 and dataset.name_of(4).endswith("train/dog/1.jpg")
     assert (np.asarray(to_image(image)) == 200).all()
     dataset = classification_set(str(tmp_path), "train", limit=4)
-    assert [label for _, label in dataset.items] == [0, 1, 0, 1]
+    assert dataset.labels.tolist() == [0, 1, 0, 1]
+    deep = tmp_path / "train" / "cat" / "2026" / "may"
+    deep.mkdir(parents=True)
+    Image.new("L", (90, 70), 99).save(deep / "9.jpg")
+    dataset = classification_set(str(tmp_path), "train", image_size=64)
+    assert dataset.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert 99 in {np.asarray(to_image(dataset[i][0])).max() for i in range(4)}
+    (deep / "round").symlink_to(tmp_path / "train" / "cat")
+    with pytest.raises(InputError, match="round is reached twice"):
+        classification_set(str(tmp_path), "train")
+    (deep / "round").unlink()
     (tmp_path / "train" / "eel").mkdir()
     for split, says in (("train", "class folder .*train/eel is empty"), ("val", "val is missing")):
         with pytest.raises(InputError, match=says):
@@ -377,6 +552,7 @@ def test_each_kind_of_classification_transform_has_its_steps(monkeypatch, kind, 
 
 def outcome(use, *args) -> str | None:
     """The message of the InputError of use(*args), or None. Any other exception comes through."""
+    import resource  # not on Windows
     memory, message = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, None
     signal.alarm(10)  # ends the process
     with warnings.catch_warnings(record=True) as shown:

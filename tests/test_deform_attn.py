@@ -2,9 +2,12 @@
 import ctypes
 import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -237,26 +240,110 @@ def test_environment_variable_forces_a_path(monkeypatch):
         ms_deform_attn(value, SHAPES, *rest)
 
 
-def test_without_a_compiler_the_reference_runs_and_warns_once(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    for cached in (deform_attn.load_kernel, deform_attn.loading_error, deform_attn.warn_once):
-        cached.cache_clear()
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """Nothing is built, loaded or warned of yet, and the temporary folder is empty. -> this folder"""
+    def clear():
+        for cached in (deform_attn.load_kernel, deform_attn.loading_error):
+            cached.cache_clear()
+    clear()
+    monkeypatch.setattr(deform_attn, "warned", set())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    yield tmp_path
+    clear()
+
+
+@pytest.mark.parametrize("compiler, says", [
+    (None, "there is no C\\+\\+ compiler"), ("echo no room >&2; exit 1", "no room"),
+    (r"printf 'a \377' >&2; exit 1", "a \N{REPLACEMENT CHARACTER}"), ("exec sleep 9", "took more than"),
+    ("true", "No such file"), ('for file; do :; done; echo > "$file"', "kernel|file too short|header")])
+def test_without_a_working_compiler_the_reference_warns_once(monkeypatch, fresh, compiler, says):
+    script = fresh / "compiler"
+    script.write_text(f"#!/bin/sh\n{compiler}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda name: compiler and str(script))
+    monkeypatch.setattr(deform_attn, "COMPILER_SECONDS", 0.5, raising=False)
     value, *rest = make_inputs(C=11, dtype=torch.float32)
-    with pytest.warns(UserWarning, match="no C\\+\\+ compiler") as caught:
-        outputs = [ms_deform_attn(value, SHAPES, *rest) for _ in range(2)]
+    with pytest.warns(UserWarning, match=says) as caught:
+        output = ms_deform_attn(value, SHAPES, *rest)
+        ms_deform_attn(value.double(), SHAPES, *rest)  # another kernel
     assert len(caught) == 1
-    deform_attn.loading_error.cache_clear()  # the tests that follow have a compiler again
-    torch.testing.assert_close(outputs[0], brute_force(value, *rest), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output, brute_force(value, *rest), rtol=1e-5, atol=1e-5)
     monkeypatch.setenv("FPDETR_DEFORM_ATTN", "cpu")
-    with pytest.raises(ValueError, match="FPDETR_DEFORM_ATTN=cpu cannot work here: there is no C"):
+    with pytest.raises(ValueError, match=f"FPDETR_DEFORM_ATTN=cpu cannot work here: .*({says})"):
         ms_deform_attn(value, SHAPES, *rest)
 
 
-def test_a_system_without_users_or_with_an_old_driver_has_no_kernel(monkeypatch):
-    config = deform_attn.KernelConfig("cpu", *[torch.float32] * 3, 13, 1, 1, 1)
-    monkeypatch.delattr(os, "getuid")  # as on Windows
-    assert deform_attn.loading_error(config).startswith("the kernel is not built on ")
+CONFIG = deform_attn.KernelConfig("cpu", *[torch.float32] * 3, 13, 1, 1, 1)
+
+
+def test_a_temporary_folder_that_is_full_or_no_folder_is_said(monkeypatch, fresh):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(deform_attn, "compile_kernel", lambda config: bytes(10**7))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))
+    problem = deform_attn.loading_error(CONFIG)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    folder, = fresh.iterdir()
+    assert "too large" in problem and not list(folder.iterdir())  # nothing half-written is left
+    folder.rmdir()
+    folder.touch()
     deform_attn.loading_error.cache_clear()
+    assert str(folder) in deform_attn.loading_error(CONFIG)
+
+
+def test_a_damaged_file_in_the_cache_is_built_anew(monkeypatch, fresh):
+    code = bytes(range(256)) * 9
+    monkeypatch.setattr(deform_attn, "compile_kernel", lambda config: code)
+    path = deform_attn.build_kernel(CONFIG)
+    whole = path.read_bytes()
+    for bad in (b"", b"garbage", whole[:len(whole) // 2], whole[:-1], whole[:99] + b"x" + whole[100:]):
+        path.write_bytes(bad)
+        assert deform_attn.build_kernel(CONFIG) == path and path.read_bytes() == whole
+    assert whole.startswith(code)
+
+
+def test_a_whole_file_that_cannot_be_loaded_is_built_anew_once(monkeypatch, fresh, kernel_device):
+    with monkeypatch.context() as patch:
+        patch.setattr(deform_attn, "compile_kernel", lambda config: b"no library")
+        deform_attn.build_kernel(CONFIG)
+    assert deform_attn.loading_error(CONFIG) == ""
+
+
+def test_the_driver_gets_the_code_alone(monkeypatch, fresh):
+    class Driver:
+        code = []
+        cuLibraryLoadData = staticmethod(lambda library, code, *rest: Driver.code.append(code) or 0)
+        cuLibraryGetKernel = staticmethod(lambda *arguments: 0)
+    monkeypatch.setattr(deform_attn, "cuda_driver", lambda: Driver)
+    monkeypatch.setattr(deform_attn, "compile_kernel", lambda config: b"cubin")
+    deform_attn.load_kernel(CONFIG._replace(arch="sm_90"))
+    assert Driver.code == [b"cubin"]
+
+
+def test_each_kind_of_cpu_has_a_file_of_its_own(monkeypatch, fresh):
+    monkeypatch.setattr(deform_attn, "compile_kernel", lambda config: b"code")
+    monkeypatch.setattr(platform, "node", lambda: "a shared name")
+
+    def file(*lines):
+        text = "".join(f"{line}\n" for line in lines)
+        monkeypatch.setattr(Path, "read_text", lambda path, **options: text)
+        return deform_attn.build_kernel(CONFIG)
+    names = ["model name\t: A", "flags\t\t: fpu sse"], ["model name\t: A", "flags\t\t: fpu avx512f"], [
+        "model name\t: B", "flags\t\t: fpu sse"], ["Features\t: fp asimd"], ["Features\t: fp asimd sve"]
+    assert len({file(*lines) for lines in names}) == 5
+    assert file(*names[0], "cpu MHz\t\t: 2400.1") == file(*names[0] * 2, "cpu MHz\t\t: 3100.7")
+    monkeypatch.setattr(Path, "read_text", lambda path, **options: open(fresh / "no such file"))
+    monkeypatch.setattr(platform, "processor", lambda: "i386")
+    first = deform_attn.build_kernel(CONFIG)
+    monkeypatch.setattr(platform, "processor", lambda: "arm")
+    assert deform_attn.build_kernel(CONFIG) != first
+
+
+def test_a_system_without_users_or_with_an_old_driver_has_no_kernel(monkeypatch, fresh):
+    monkeypatch.delattr(os, "getuid")
+    monkeypatch.setattr(platform, "system", lambda: "Windows")
+    assert deform_attn.loading_error(CONFIG) == "the kernel is not built on Windows"
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # a library without any function
     deform_attn.cuda_driver.cache_clear()
     with pytest.raises(OSError, match="the NVIDIA driver is older than CUDA 12.0"):

@@ -125,8 +125,7 @@ def test_detection_switches_dropout_off_and_training_on_again():
     dataset, args = detection_set("shapes", "val", limit=2, image_size=64), Namespace(workers=0, amp="off")
     found = evaluate.detect(model, dataset, args, torch.device("cpu"))
     assert model.training
-    expected = evaluate.detect_image(model.eval(), dataset.records[0].image(),
-                                     Namespace(image_size=64, amp="off"), torch.device("cpu"))
+    expected = evaluate.detect_image(model.eval(), dataset.records[0].image(), image_size=64)
     first = [d["score"] for d in found if d["image_id"] == dataset.records[0].id]
     assert first == pytest.approx(expected["scores"].tolist(), abs=1e-5)
 
@@ -164,8 +163,7 @@ def test_interrupted_corruption_passes_go_on(checkpoint, tmp_path, monkeypatch, 
 
     # One pass, with pictures that are corrupted beforehand.
     dataset = detection_set("shapes", "val", limit=3, image_size=64)
-    for record in dataset.records:
-        record.source = corrupt_seeded(record.image(), record.id, "fog", 5)
+    dataset.records.sources = [corrupt_seeded(r.image(), r.id, "fog", 5) for r in dataset.records]
     model, _ = load_detector(checkpoint)
     found = detect(model, dataset, Namespace(workers=0, amp="off"), torch.device("cpu"))
     assert whole["corruptions"]["fog"]["5"] == mean_score(None, found) != whole["clean"]

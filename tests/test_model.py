@@ -49,9 +49,33 @@ def size(kind: type, config: Config, classes: int, layout: str = "paper") -> int
 def test_the_tokenizer_of_table_6():
     tokenizer = Tokenizer(VARIANTS["lite"])
     levels = tokenizer(torch.zeros(1, 3, 224, 224))
-    assert [tuple(x.shape) for x in levels] == [(1, s, s, 256) for s in (28, 14, 7, 3)]
+    assert [tuple(x.shape) for x in levels] == [(1, s, s, 256) for s in (28, 14, 7, 4)]  # Table 6: 3
     # Counted by hand from Table 6: convolutions, norms, projections.
     assert count(tokenizer) == 480_000 + 1_536 + 197_632
+
+
+@pytest.mark.parametrize("h, w", [(224, 224), (64, 192), (100, 159)])
+def test_tokens_see_every_pixel_and_lie_where_the_model_believes(h, w):
+    encoder = shaken(Classifier(TINY, 2).double()).encoder
+    pixels = torch.randn(1, 3, h, w, dtype=torch.float64, requires_grad=True)
+    image, levels, centres = encoder.embed(pixels, None), encoder.tokenizer(pixels), []
+    for stride, level in zip((8, 16, 32, 64), levels):
+        gradient, = torch.autograd.grad(level[0, -1, -1].sum(), pixels, retain_graph=True)
+        y, x = gradient[0].any(0).nonzero(as_tuple=True)  # the pixels that the last token sees
+        rows, columns = y.min().item() // stride + 1, x.min().item() // stride + 1
+        assert (y.max() + 1, x.max() + 1, *level.shape[1:3]) == (h, w, rows, columns)
+        centres += [(stride * (c + 0.5), stride * (r + 0.5))
+                    for r in range(rows) for c in range(columns)]
+    centres = torch.tensor(centres, dtype=torch.float64)  # in pixels
+    for i, stride in enumerate((8, 16, 32, 64)):
+        size = stride * torch.tensor(levels[i].shape[2:0:-1])  # of a map, in pixels
+        torch.testing.assert_close(image.references[0, :, i] * size, centres)
+        torch.testing.assert_close(image.valid_ratios[0, i] * size, torch.tensor([w, h]).double())
+    counts = torch.tensor([x.shape[1] * x.shape[2] for x in levels])
+    embed = encoder.level_embed.repeat_interleave(counts, 0)
+    sine = (image.positions[0] - embed)[:, [TINY.dim // 2, 0]]  # of x and y, in the shortest wavelength
+    expected = torch.sin(2 * math.pi * centres / torch.tensor([w, h]))
+    torch.testing.assert_close(sine, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant, classify, detect, released", [
@@ -201,7 +225,8 @@ def test_several_class_tokens_are_pooled_by_their_mean():
 
 def test_sine_positions_of_a_hand_computed_case():
     valid = torch.tensor([[[True, True, False]]])  # one row, two valid columns of three
-    got = sine_positions(valid, 4, torch.float64)[0, 0]  # (3, 4): sin y, cos y, sin x, cos x
+    counts = torch.tensor([[2, 1]], dtype=torch.float64)
+    got = sine_positions(valid, counts, 4)[0, 0]  # (3, 4): sin y, cos y, sin x, cos x
     for x, place in ((0, 0.25), (1, 0.75)):  # centres of two columns, in parts of the image's width
         expected = [0, -1, math.sin(2 * math.pi * place), math.cos(2 * math.pi * place)]
         assert got[x].tolist() == pytest.approx(expected, abs=1e-5)

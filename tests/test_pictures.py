@@ -1,4 +1,6 @@
-"""The pictures: boxes by their pixels, and where the queries look against the operator's output."""
+"""The pictures: boxes by their pixels, class names in any script, and where the queries look against the
+operator's output."""
+import math
 from argparse import Namespace
 
 import numpy as np
@@ -9,6 +11,7 @@ from PIL import Image
 
 import evaluate
 from deform_attn import MSDeformAttn
+from engine import InputError
 from extras import pictures
 from model import VARIANTS, Detector
 
@@ -34,6 +37,112 @@ def test_sheets_have_columns_with_titles():
     plain, titled = (pictures.sheet_of(cells, 2, titles=titles) for titles in (None, ["one", "two"]))
     assert titled.height == plain.height + 36
     assert (np.asarray(titled)[:36, :400] < 128).any() and (np.asarray(titled)[:36, 400:] < 128).any()
+
+
+@pytest.mark.parametrize("side", [64, 800])
+def test_training_sheet_has_boxes_with_readable_labels(side, tmp_path):
+    grey, box = Image.new("RGB", (side, side), "grey"), np.array([0.3, 0.5, 0.8, 0.9]) * side
+
+    class Items:
+        classes = ["cat", "dog"]
+
+        def item_to_draw(self, index):
+            if index == 0:
+                raise InputError("broken")
+            return grey, [(box, 0) if index % 2 else (None, 1)]
+    pictures.training_sheet(Items(), list(range(9)), tmp_path / "sheet.png")
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.size == (1600, 800)  # eight
+    cell = sheet.crop((4, 4, 396, 396))
+    y, x = np.nonzero(differs(cell, pictures.colour_of(0)) < 40)
+    assert np.array([x.min(), x.max(), y.max()]) / 392 == pytest.approx([0.3, 0.8, 0.9], abs=0.01)
+    assert 0.5 * 392 - y.min() >= 14  # the label is above the box
+    cell = differs(sheet.crop((404, 4, 796, 396)), pictures.colour_of(1)) < 40
+    assert cell[4:14].sum() > 4 * cell[50:60].sum() > 0  # a label at the top, and a frame
+
+
+@pytest.mark.parametrize("box", [(0, 0, 9, 9), (90, 0, 99, 9), (90, 90, 99, 99), (-5, -5, 105, 105)])
+def test_labels_are_inside_the_picture(box):
+    def white(box):  # the number of pixels in white, the colour of the text
+        grey = Image.new("RGB", (100, 100), "grey")
+        return (differs(pictures.draw_boxes(grey, [(box, "a name", (0, 0, 99))]), 255) < 50).sum()
+    assert white(box) == white((20, 50, 90, 90)) > 0
+
+
+# ------------------------------------------------------------------------------------------ class names
+
+def draw_name(where, name, tmp_path):
+    """The pixels of a picture with a class name or title in it."""
+    grey = Image.new("RGB", (64, 48), "grey")
+    found = {"queries": torch.tensor([0]), "labels": torch.tensor([0]), "scores": torch.tensor([0.5]),
+             "boxes": torch.tensor([[8.0, 8, 56, 40]])}
+    if where == "detections":
+        return np.asarray(pictures.draw_detections(grey, found, [name]))
+    if where == "title":
+        return np.asarray(pictures.sheet_of([grey], titles=[name]))
+    if where == "answer":
+        return np.asarray(pictures.predictions_sheet([grey], torch.ones(1, 1), [0], [name]))
+    layer = (torch.zeros(1, 2), torch.zeros(1, 1, 4, 1, 2), torch.zeros(1, 1, 4, 1))
+    pictures.attention_picture(grey, [layer], (64, 48), found, [name], 7, tmp_path / "x.png")
+    return np.asarray(Image.open(tmp_path / "x.png"))
+
+
+PLACES = pytest.mark.parametrize("where", ["detections", "title", "answer", "attention"])
+
+
+@PLACES
+def test_letters_of_other_scripts_are_drawn(where, tmp_path):
+    """The sign for a missing letter would be the same for all."""
+    names = ("é", "à", "ж", "λ", "\U0010ffff")
+    assert len({draw_name(where, name, tmp_path).tobytes() for name in names}) == 5
+
+
+@PLACES
+@pytest.mark.filterwarnings("error")  # as of a missing glyph
+def test_names_without_a_font_are_escaped(where, monkeypatch, tmp_path):
+    monkeypatch.setattr(pictures, "system_fonts", lambda: [], raising=False)
+    chinese, escaped = (draw_name(where, name, tmp_path) for name in ("止血", r"\u6b62\u8840"))
+    assert np.array_equal(chinese, escaped)
+
+
+def test_system_fonts_are_searched(monkeypatch, tmp_path):
+    import matplotlib
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    stix = f"{matplotlib.get_data_path()}/fonts/ttf/STIXNonUni.ttf"
+    fonts = [stix, "LastResort.ttf", str(tmp_path / "absent.ttf"), str(tmp_path / "broken.ttf")]
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: fonts)
+    pictures.system_fonts.cache_clear()
+    usual = pictures.with_font("a")[1]
+    private = chr(min(pictures.characters_in(stix) - pictures.characters_in(usual)))
+    assert pictures.with_font(private) == (private, stix)
+    assert pictures.with_font(private + "止")[0].isascii()
+    pictures.system_fonts.cache_clear()
+
+
+def test_dollars_are_no_formulas(tmp_path):
+    draw_name("attention", r"$\frac{$", tmp_path)  # as a formula, it has an error
+
+
+# ------------------------------------------------------------------------------------ curves and charts
+
+def test_curves_leave_out_missing_scores(tmp_path):
+    log = [{"step": 1, "loss": 2.0}, {"step": 2, "AP": 0.5, "AP50": 0.6}]
+    none = [{"step": 3, "AP": -1.0, "AP50": -1.0}]
+    for name, entries in (("a", log), ("b", log + none), ("c", none), ("d", [])):
+        pictures.draw_curves(entries, ("AP", "AP50"), tmp_path / f"{name}.png")
+    a, b, c, d = (Image.open(tmp_path / f"{name}.png").tobytes() for name in "abcd")
+    assert a == b and a != c and d
+
+
+@pytest.mark.parametrize("value", [math.nan, -100.0])
+def test_chart_without_numbers(value, monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    for row in ((value,) * 4, (20.0, value, 30.0, 0.0)):
+        pictures.corruption_chart(tuple("abc"), row, value, row, tmp_path / "x.png")
+    for axis in (figure.axes[0] for figure in drawn):
+        assert "clean images: -" in axis.get_legend_handles_labels()[1] and axis.get_ylim()[0] == 0
 
 
 def test_chart_has_a_bar_as_high_as_each_number(tmp_path):

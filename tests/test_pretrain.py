@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,12 +120,15 @@ def test_repeated_augmentation_shows_a_third_of_the_images_three_times():
     assert [i % 1000 for b in sampler for i in b] != images
 
 
-def test_norms_and_biases_do_not_decay():
-    model = Classifier(VARIANTS["tiny"], 3)
+@pytest.mark.parametrize("structure", ["encoder-only", "encoder-decoder"])
+def test_norms_biases_class_token_and_positions_do_not_decay(structure):
+    model = Classifier(replace(VARIANTS["tiny"], structure=structure, adaptor="none"), 3)
+    no_decay = {"class_token.content", "class_token.position", "encoder.level_embed"}
     groups = pretrain.build_optimizer(model, Namespace(lr=1.0, weight_decay=0.05)).param_groups
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     for name, p in model.named_parameters():
-        assert decay[id(p)] == (0 if "norm" in name or name.endswith("bias") else 0.05), name
+        spared = "norm" in name or name.endswith("bias") or name in no_decay
+        assert decay[id(p)] == (0 if spared else 0.05), name
 
 
 @pytest.mark.parametrize("mixing", [(0, 0), (0.8, 0), (0, 1), "tree"])

@@ -16,6 +16,7 @@ from conftest import ROOT
 
 import data
 import engine
+from extras import pictures
 
 STAGES = {
     "finetune": "--epochs 6 --eval-every 3 --limit-train 10 --limit-val 2 --batch-size 4 "
@@ -95,8 +96,10 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(stage, tmp_path):
     a, b = weights(whole), weights(killed)
     assert (a["step"], a["scores"]) == (b["step"], b["scores"]) and a["step"] == 18
     assert all(torch.equal(w, b["model"][k]) for k, w in a["model"].items())
-    log = [json.loads(line) for line in (killed / "log.jsonl").read_text().splitlines()]
+    log = engine.read_log(killed / "log.jsonl")
     assert [e["epoch"] for e in log if "loss" not in e] == [3, 6]  # each evaluation once
+    steps = [e["step"] for e in log if "loss" in e]
+    assert steps == sorted(set(steps)) and steps[-1] == 18
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -114,6 +117,56 @@ def test_sigterm_to_all_processes_saves_and_exits_0(stage, tmp_path):
     assert step >= json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] > 0
     assert (f"stopped by SIGTERM after step {step}; the same command with --resume goes on from "
             f"{out / 'last.pt'}") in said
+
+
+def endless(stage: str, split: str) -> None:
+    """Reading an image of a split takes 100 s, as from a file server that does not answer."""
+    kind = data.DetectionSet if stage == "finetune" else data.ClassificationSet
+    plain = kind.__getitem__
+
+    def getitem(dataset, index):
+        if dataset.name.endswith(split):
+            time.sleep(100)
+        return plain(dataset, index)
+    kind.__getitem__ = getitem
+    pictures.training_sheet = lambda *_: None
+
+
+@pytest.mark.parametrize("stage, split, workers", [
+    ("finetune", "train", "0"), ("finetune", "val", "2"), ("pretrain", "train", "2"),
+    ("pretrain", "val", "0")])
+def test_sigterm_acts_while_the_run_waits_for_images(stage, split, workers, tmp_path):
+    """In training and in an evaluation. --resume goes on."""
+    out, flags = tmp_path / "run", ("--workers", workers, "--epochs", "1", "--eval-every", "1")
+    process = start(stage, out, *flags, save_every=1e9, prepare=partial(endless, stage, split))
+    wait_for(lambda: (out / ("args.json" if split == "train" else "last.pt")).exists())
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert end_of(process, 10) == 0
+    said = (tmp_path / "run.txt").read_text()
+    assert "Traceback" not in said and "stopped by SIGTERM after step" in said
+    assert weights(out)["step"] == (0 if split == "train" else 3)
+    assert end_of(start(stage, out, *flags, "--resume")) == 0
+    assert weights(out)["step"] == 3 and (out / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("--resume",)])
+def test_of_two_runs_in_one_folder_the_second_is_refused(flags, tmp_path):
+    """Started at once, and while the other is running. The other one is not disturbed."""
+    out, both = tmp_path / "run", []
+    for _ in range(2):
+        both.append(start("finetune", out, "--workers", "1", *flags))
+    assert sorted(end_of(process) for process in both) == [0, 2]
+    assert weights(out)["step"] == 18
+    longer = start("finetune", out, "--epochs", "1000", "--resume")
+    wait_for(lambda: weights(out)["step"] > 20)
+    for more in ("--resume", "--overwrite"):
+        assert end_of(start("finetune", out, "--epochs", "1000", more)) == 2
+        assert "another process is training in" in (tmp_path / "run.txt").read_text()
+    reached = weights(out)["step"]
+    wait_for(lambda: weights(out)["step"] > reached)
+    longer.kill()
+    longer.join()
 
 
 def small_files() -> None:
