@@ -331,8 +331,11 @@ class KernelConfig(NamedTuple):
                 "BACKWARD_VEC": backward_vec, "BACKWARD_LANES": self.lanes(backward_vec)}
 
     def lanes(self, vec: int) -> int:
-        """Returns how many threads share a query and head: as many as divide its channels, up to 8."""
-        return max(n for n in (1, 2, 4, 8) if self.channels // vec % n == 0)
+        """Returns how many threads share a query and head: 8, 4, 2 or 1.
+
+        They share its vectors of channels and its samples evenly.
+        """
+        return math.gcd(8, self.channels // vec, self.levels * self.points)
 
 
 def architecture(device: torch.device) -> str:

@@ -1,55 +1,62 @@
 // Multi-scale deformable attention, forward and backward (Deformable DETR, Eq. 3; FP-DETR, 3.2).
 //
 //   output[b, q, m] = sum_i a_i v_i   over the L * P samples i of a pair (query q, head m), where
-//   a = softmax(logit[b, q, m]) and v_i = value_l[b, :, :, m] at reference * (W_l, H_l) + offset_i - 0.5
+//   a = softmax(logit[b, q, m]), v_i = value_l[b, :, :, m] at reference * (W_l, H_l) + offset_i - 0.5
 //
-// Between pixels v_i is bilinear, outside of the map zero (grid_sample, align_corners=False, zero padding).
-// Softmax and places are computed here, in registers: no tensor ever holds them.
+// Between pixels v_i is bilinear, outside the map zero: as in grid_sample with align_corners=False.
+// Softmax and places are computed here, in registers. No tensor ever holds them.
 //
-// One text for GPUs (deform_attn.py compiles it with NVRTC) and CPUs (with the system's C++ compiler).
-// The tests run its GPU half on a CPU as well. Every build fixes, by -D options:
+// How to read this file, in five steps:
+//   1. forward() as a CPU runs it, with LANES = 1 and VEC = C: one thread computes one pair. It calls
+//      softmax(), then place(), corners() and load() for each sample.
+//   2. The drawing above sum_over_lanes(), then forward() as a GPU runs it: LANES threads share a pair.
+//   3. The entry points at the end: which thread works on which pair.
+//   4. Row, store_row() and add(): how a thread moves many channels by one instruction.
+//   5. backward(), with the formulas above it.
 //
+// CUDA in brief: a GPU runs a function marked __global__ in very many threads. blockIdx and threadIdx
+// tell a thread which one it is. 32 threads are a warp: they execute the same instruction at a time.
+// __shfl_sync(~0u, x, j, LANES) divides a warp into groups of LANES threads, called lanes. It returns
+// the x of lane j of the own group. __shfl_xor_sync returns the x of lane (own number ^ step).
+//
+// deform_attn.py compiles this text with NVRTC for GPUs and with the system's C++ compiler for CPUs. The
+// tests run the GPU half on a CPU, too. Every build fixes, by -D options:
 //   CHANNELS HEADS LEVELS POINTS   C, M, L, P
 //   VALUE_T OFFSET_T LOGIT_T       what memory holds: float, bf16, fp16 or double
 //   REAL                           what is computed in: float, or double for doubles
-//   FORWARD_VEC FORWARD_LANES BACKWARD_VEC BACKWARD_LANES   as follows
+//   FORWARD_VEC FORWARD_LANES BACKWARD_VEC BACKWARD_LANES   LANES divides C / VEC and L * P
 //
-// A group of LANES neighbouring threads of a warp works on a pair. Each holds C / LANES channels, as vectors
-// of VEC that one instruction loads. They share the preparation: in a round every lane prepares one sample
-// (softmax, place, corners), and all lanes gather these LANES samples, which warp shuffles hand round. On a
-// CPU a pair has one lane and one vector of C channels, and all of this folds away.
-//
-// Deterministic: the output and the gradients of offset and logit; on a CPU everything. On a GPU the
-// gradient of value is summed by float atomics, in an order that changes from run to run.
+// Only the gradient of value on a GPU changes from run to run: atomics sum it in any order.
 #if defined(__CUDACC__) || defined(GPU_EMULATOR)
 #define ON_GPU true
 #define UNROLL _Pragma("unroll")
+#define NO_UNROLL _Pragma("unroll 1")  // where unrolling takes too many registers and 80 KB of code
 #define DEVICE __device__ __forceinline__
 #else
 #include <cmath>
-using std::exp;  // C's would compute in double
-using std::floor;
+using std::exp, std::floor;  // C's would compute in double
 #define ON_GPU false
 #define UNROLL
+#define NO_UNROLL
 #define DEVICE static inline __attribute__((always_inline))
-#define __shfl_sync(mask, x, lane, lanes) (x)      // with one lane ...
-#define __shfl_xor_sync(mask, x, step, lanes) (x)  // ... there is nobody to ask
+#define __shfl_sync(mask, x, lane, lanes) (x)  // with one lane there is nobody to ask
+#define __shfl_xor_sync(mask, x, step, lanes) (x)
+#define atomicAdd(to, x) (*(to) += (x))  // no other thread adds to the same image and head
 #endif
 
 typedef long long i64;
 typedef REAL real;
-const int SAMPLES = LEVELS * POINTS, TOKEN = HEADS * CHANNELS;
+const int SAMPLES = LEVELS * POINTS;
+const i64 TOKEN = HEADS * CHANNELS;
 
-// ------------------------------------------------------------------------------------------- 16-bit storage
+// -------------------------------------------------------------------------------------- 16-bit storage
 struct bf16 { unsigned short bits; };
 struct fp16 { unsigned short bits; };
 union Bits { unsigned u; float f; };
 
-DEVICE real to_real(float x) { return x; }
-DEVICE real to_real(double x) { return x; }
+template <typename T> DEVICE real to_real(T x) { return x; }
 DEVICE real to_real(bf16 x) { return Bits{(unsigned)x.bits << 16}.f; }  // the upper half of a float
-DEVICE void store(float &to, real x) { to = x; }
-DEVICE void store(double &to, real x) { to = x; }
+template <typename T> DEVICE void store(T &to, real x) { to = x; }
 DEVICE void store(bf16 &to, real x) {  // to the nearest, ties to even
     Bits b;
     b.f = x;
@@ -73,7 +80,7 @@ DEVICE void store(fp16 &to, real x) {
 }
 #endif
 
-// ------------------------------------------------------------------------------------------------ arguments
+// ------------------------------------------------------------------------------------------- arguments
 // deform_attn.py has the same struct. Tensors are contiguous and begin at a multiple of 16 bytes.
 struct Arguments {
     const VALUE_T *value;        // (B, S, M, C)
@@ -89,49 +96,48 @@ struct Arguments {
     int height[LEVELS], width[LEVELS], start[LEVELS];  // start: the level's first token
 };
 
-// ----------------------------------------------------------------------------------- what lanes do together
+// ------------------------------------------------------------------------------ what lanes do together
+// Example: bf16, C = 32, VEC = 8, LANES = 4. The 16 samples of a pair take four rounds of place().
+//
+//                                   lane 0       lane 1       lane 2       lane 3
+//   round 0, each lane prepares     sample 0     sample 1     sample 2     sample 3
+//      j = 0: all ask lane 0 for    sample 0     sample 0     sample 0     sample 0
+//             and load channels     0 to 7       8 to 15      16 to 23     24 to 31  of its corners
+//      j = 1: all ask lane 1 for    sample 1     sample 1     sample 1     sample 1
+//             ...
+//   round 1, each lane prepares     sample 4     sample 5     sample 6     sample 7
+//
+// So each place is computed once, and neighbouring lanes load neighbouring bytes. If C is larger than
+// VEC * LANES, a lane holds several vectors of VEC channels, its parts.
+
+DEVICE real larger(real x, real y) { return x > y ? x : y; }
+// Returns the sum of the x of all lanes, to all lanes.
 template <int LANES> DEVICE real sum_over_lanes(real x) {
     for (int step = LANES / 2; step; step /= 2) x += __shfl_xor_sync(~0u, x, step, LANES);
     return x;
 }
 
-// Lane j receives the sum of all lanes' x[j]. They exchange half of the array, then a quarter, and so on:
-// LANES - 1 shuffles instead of LANES * log2(LANES).
-template <int LANES> DEVICE real transposed_sum(real (&x)[LANES], int lane) {
-    UNROLL for (int half = LANES / 2; half; half /= 2)
-        UNROLL for (int j = 0; j < half; j++) {
-            const bool upper = lane & half;
-            const real mine = upper ? x[j + half] : x[j], theirs = upper ? x[j] : x[j + half];
-            x[j] = mine + __shfl_xor_sync(~0u, theirs, half, LANES);
-        }
-    return x[0];
+// Sets weight[r] to the softmax of this lane's sample of round r.
+template <int LANES>
+DEVICE void softmax(const LOGIT_T *logit, int lane, real (&weight)[SAMPLES / LANES]) {
+    real most = to_real(logit[lane]), sum = 0;
+    for (int i = lane; i < SAMPLES; i += LANES) most = larger(most, to_real(logit[i]));
+    for (int step = LANES / 2; step; step /= 2)
+        most = larger(most, __shfl_xor_sync(~0u, most, step, LANES));
+    UNROLL for (int r = 0; r < SAMPLES / LANES; r++)
+        sum += weight[r] = exp(to_real(logit[r * LANES + lane]) - most);
+    const real scale = 1 / sum_over_lanes<LANES>(sum);
+    UNROLL for (int r = 0; r < SAMPLES / LANES; r++) weight[r] *= scale;
 }
 
-// weight[r] = exp(logit - the pair's largest) for this lane's sample r * LANES + lane, 0 beyond the last.
-// Returns 1 / (the pair's sum), the factor that is still missing.
-template <int LANES, int ROUNDS>
-DEVICE real softmax(const LOGIT_T *logit, int lane, real (&weight)[ROUNDS]) {
-    real most = to_real(logit[0]), sum = 0;
-    for (int i = lane; i < SAMPLES; i += LANES) most = to_real(logit[i]) > most ? to_real(logit[i]) : most;
-    for (int step = LANES / 2; step; step /= 2) {
-        const real other = __shfl_xor_sync(~0u, most, step, LANES);
-        most = other > most ? other : most;
-    }
-    UNROLL for (int r = 0; r < ROUNDS; r++) {
-        const int i = r * LANES + lane;
-        sum += weight[r] = i < SAMPLES ? exp(to_real(logit[i]) - most) : real(0);
-    }
-    return 1 / sum_over_lanes<LANES>(sum);
-}
-
-// -------------------------------------------------------------------------------------------------- samples
+// --------------------------------------------------------------------------------------------- samples
 struct Sample {
-    int at;  // 16 * (token of the upper left corner) + a bit for each of the four corners that is on the map
-    real fx, fy, weight;
+    int at;  // 16 * (token of the upper left corner) + a bit for each of the four corners on the map
+    real fx, fy, weight;  // fx, fy: how far right of and below this corner, 0 to 1
 };
 
-// Sample i of a pair. Its place is first clamped to just outside of the map, so that far, infinite and NaN
-// offsets (no comparison with NaN is true) touch no memory.
+// Computes where sample i of a pair lies. The place is first clamped to just outside the map, so that
+// far, infinite and NaN offsets (no comparison with NaN is true) touch no memory.
 DEVICE Sample place(const Arguments &a, i64 query, i64 pair, int i, real weight) {
     const int level = i / POINTS, H = a.height[level], W = a.width[level];
     const real *reference = a.reference + (query * LEVELS + level) * 2;
@@ -143,30 +149,30 @@ DEVICE Sample place(const Arguments &a, i64 query, i64 pair, int i, real weight)
     const int x0 = (int)floor(x), y0 = (int)floor(y);
     const bool left = x0 >= 0 && x0 < W, right = x0 >= -1 && x0 < W - 1;
     const bool top = y0 >= 0 && y0 < H, bottom = y0 >= -1 && y0 < H - 1;
-    const int on_map = (left && top) | (right && top) << 1 | (left && bottom) << 2 | (right && bottom) << 3;
+    const int on_map = top * (left | right << 1) | bottom * (left << 2 | right << 3);
     return {(a.start[level] + y0 * W + x0) * 16 + on_map, x - x0, y - y0, weight};
 }
 
-// The corners of the sample that lane j has prepared: upper left, upper right, lower left, lower right.
-struct Corners {
-    int on_map;  // bit k: corner k
+struct Corners {  // upper left, upper right, lower left, lower right
+    bool on_map[4];
     int token[4];
     real weight[4];
 };
 
-template <int LANES> DEVICE Corners corners(const Arguments &a, const Sample &mine, int round, int j) {
-    const int at = __shfl_sync(~0u, mine.at, j, LANES), i = round * LANES + j;
+// Returns the corners of sample i, which lane j has prepared.
+template <int LANES> DEVICE Corners corners(const Arguments &a, const Sample &mine, int i, int j) {
+    const int at = __shfl_sync(~0u, mine.at, j, LANES);
     const real fx = __shfl_sync(~0u, mine.fx, j, LANES), fy = __shfl_sync(~0u, mine.fy, j, LANES);
-    const real weight = __shfl_sync(~0u, mine.weight, j, LANES), lower = weight * fy, upper = weight - lower;
-    const int token = at >> 4, below = token + a.width[i < SAMPLES ? i / POINTS : 0];
-    return {at & 15, {token, token + 1, below, below + 1},
+    const real w = __shfl_sync(~0u, mine.weight, j, LANES), lower = w * fy, upper = w - lower;
+    const int token = at >> 4, below = token + a.width[i / POINTS];
+    return {{bool(at & 1), bool(at & 2), bool(at & 4), bool(at & 8)},
+            {token, token + 1, below, below + 1},
             {upper - upper * fx, upper * fx, lower - lower * fx, lower * fx}};
 }
 
-// ------------------------------------------------------------------------------------------------- channels
+// -------------------------------------------------------------------------------------------- channels
 // Row: VEC channels of a token. A GPU loads them by one instruction, as zeros if the token is not on the
-// map: under a predicate, without a branch, so that many loads are under way together. A CPU branches, and
-// loads when it computes.
+// map. This takes no branch, so many loads run together. A CPU branches, and loads when it computes.
 #if ON_GPU
 template <typename T, int VEC> struct alignas(sizeof(T) * VEC) Packed {
     T x[VEC];
@@ -174,159 +180,151 @@ template <typename T, int VEC> struct alignas(sizeof(T) * VEC) Packed {
 };
 template <int VEC> struct alignas(2 * VEC) Packed<bf16, VEC> {  // words: one instruction for either half
     unsigned x[VEC / 2];
-    DEVICE real operator[](int c) const { return Bits{c % 2 ? x[c / 2] & 0xffff0000 : x[c / 2] << 16}.f; }
+    DEVICE real operator[](int c) const { return Bits{c % 2 ? x[c / 2] & ~0xffffu : x[c / 2] << 16}.f; }
 };
 template <> struct Packed<bf16, 1> { bf16 x; DEVICE real operator[](int) const { return to_real(x); } };
-template <int VEC> struct Row {
-    real x[VEC];
-    DEVICE Row() {}
-    DEVICE Row(const VALUE_T *p, bool on_map) {
-        Packed<VALUE_T, VEC> packed = {};
-        if (on_map) packed = *(const Packed<VALUE_T, VEC> *)p;
-        UNROLL for (int c = 0; c < VEC; c++) x[c] = packed[c];
-    }
-    DEVICE real operator[](int c) const { return x[c]; }
-};
+template <int VEC> using Row = Packed<VALUE_T, VEC>;
+template <int VEC> DEVICE Row<VEC> load(const VALUE_T *from, bool on_map) {
+    Row<VEC> row = {};
+    if (on_map) row = *(const Row<VEC> *)from;
+    return row;
+}
 #else
 template <int VEC> struct Row {
-    const VALUE_T *p;
-    Row() {}
-    Row(const VALUE_T *p, bool) : p(p) {}
-    real operator[](int c) const { return to_real(p[c]); }
+    const VALUE_T *from;
+    real operator[](int c) const { return to_real(from[c]); }
 };
+template <int VEC> DEVICE Row<VEC> load(const VALUE_T *from, bool) { return {from}; }
 #endif
 
-// p += w * row. On a GPU other groups may be adding to the same token; from sm_90 on by 16 bytes at once.
-template <int VEC> DEVICE void add(real *p, real w, const Row<VEC> &row) {
-#if ON_GPU && __CUDA_ARCH__ >= 900
-    if constexpr (VEC == 4 && sizeof(real) == 4)
-        atomicAdd((float4 *)p, make_float4(w * row[0], w * row[1], w * row[2], w * row[3]));
-    else
-#endif
-        UNROLL for (int c = 0; c < VEC; c++)
+// Stores VEC channels: on a GPU by one instruction, past the cache, which is for the values.
+template <int VEC> DEVICE void store_row(VALUE_T *to, const real (&x)[VEC]) {
 #if ON_GPU
-            atomicAdd(p + c, w * row[c]);
-#else
-            p[c] += w * row[c];
+    if constexpr (sizeof(VALUE_T) * VEC == 16) {
+        union { VALUE_T x[VEC]; uint4 all; } row;
+        UNROLL for (int c = 0; c < VEC; c++) store(row.x[c], x[c]);
+        __stcs((uint4 *)to, row.all);
+    } else
 #endif
+        UNROLL for (int c = 0; c < VEC; c++) store(to[c], x[c]);
 }
 
-// -------------------------------------------------------------------------------------------------- forward
-// Query q, head m of image b. keep is false where there is no such query: the lane only joins in shuffles.
-template <int VEC, int LANES>
-DEVICE void forward(const Arguments &a, i64 b, i64 q, int m, int lane, bool keep) {
-    const int ROUNDS = (SAMPLES + LANES - 1) / LANES, PARTS = CHANNELS / VEC / LANES, STEP = VEC * LANES;
+// Computes to += w * row. On a GPU other groups may be adding to the same token. From sm_90 on, one
+// instruction adds 16 bytes.
+template <int VEC> DEVICE void add(real *to, real w, const Row<VEC> &row) {
+#if ON_GPU && __CUDA_ARCH__ >= 900
+    if constexpr (VEC == 4 && sizeof(real) == 4)
+        atomicAdd((float4 *)to, make_float4(w * row[0], w * row[1], w * row[2], w * row[3]));
+    else
+#endif
+        UNROLL for (int c = 0; c < VEC; c++) atomicAdd(to + c, w * row[c]);
+}
+
+// --------------------------------------------------------------------------------------------- forward
+// Computes this lane's channels of the output of query q and head m of image b.
+template <int VEC, int LANES> DEVICE void forward(const Arguments &a, i64 b, i64 q, int m, int lane) {
+    const int ROUNDS = SAMPLES / LANES, PARTS = CHANNELS / VEC / LANES, STEP = VEC * LANES;
     const i64 query = b * a.Q + q, pair = query * HEADS + m;
     const VALUE_T *value = a.value + (b * a.S * HEADS + m) * CHANNELS + lane * VEC;
     real weight[ROUNDS], out[PARTS][VEC] = {};
-    const real scale = softmax<LANES>(a.logit + pair * SAMPLES, lane, weight);
-#pragma unroll (ROUNDS <= 8 ? ROUNDS : 1)
-    for (int r = 0; r < ROUNDS; r++) {
-        const int i = r * LANES + lane;
-        const Sample mine = keep && i < SAMPLES ? place(a, query, pair, i, weight[r]) : Sample{};
+    softmax<LANES>(a.logit + pair * SAMPLES, lane, weight);
+    NO_UNROLL for (int r = 0; r < ROUNDS; r++) {
+        const Sample mine = place(a, query, pair, r * LANES + lane, weight[r]);
         UNROLL for (int j = 0; j < LANES; j++) {
-            const Corners at = corners<LANES>(a, mine, r, j);
-            UNROLL for (int part = 0; part < PARTS; part++) {
-                Row<VEC> v[4];
-                UNROLL for (int k = 0; k < 4; k++)
-                    v[k] = {value + i64(at.token[k]) * TOKEN + part * STEP, bool(at.on_map & 1 << k)};
-                UNROLL for (int k = 0; k < 4; k++)
-                    if (ON_GPU || at.on_map & 1 << k)
-                        UNROLL for (int c = 0; c < VEC; c++) out[part][c] += at.weight[k] * v[k][c];
-            }
+            const Corners at = corners<LANES>(a, mine, r * LANES + j, j);
+            UNROLL for (int k = 0; k < 4; k++)
+                if (ON_GPU || at.on_map[k])
+                    UNROLL for (int part = 0; part < PARTS; part++) {
+                        const VALUE_T *from = value + at.token[k] * TOKEN + part * STEP;
+                        const Row<VEC> v = load<VEC>(from, at.on_map[k]);
+                        UNROLL for (int c = 0; c < VEC; c++) out[part][c] += at.weight[k] * v[c];
+                    }
         }
     }
     VALUE_T *output = a.output + pair * CHANNELS + lane * VEC;
-    for (int part = 0; part < PARTS; part++)
-        for (int c = 0; c < VEC; c++)
-            if (keep) store(output[part * STEP + c], out[part][c] * scale);
+    UNROLL for (int part = 0; part < PARTS; part++) store_row<VEC>(output + part * STEP, out[part]);
 }
 
-// ------------------------------------------------------------------------------------------------- backward
-// With g the gradient of the output, and w_k, v_k, d_k = g . v_k of each corner k of a sample of weight a:
+// -------------------------------------------------------------------------------------------- backward
+// With g the gradient of the output, and w_k, v_k, d_k = g . v_k of corner k of a sample of weight a:
 //   grad v_k += a w_k g      grad a = sum_k w_k d_k      grad (x, y) = a sum_k (dw_k/dx, dw_k/dy) d_k
 //   grad logit_i = a_i (grad a_i - sum_j a_j grad a_j)
-template <int VEC, int LANES>
-DEVICE void backward(const Arguments &a, i64 b, i64 q, int m, int lane, bool keep) {
-    const int ROUNDS = (SAMPLES + LANES - 1) / LANES, PARTS = CHANNELS / VEC / LANES, STEP = VEC * LANES;
+// Adds to the gradient of value, and computes the gradients of this lane's samples.
+template <int VEC, int LANES> DEVICE void backward(const Arguments &a, i64 b, i64 q, int m, int lane) {
+    const int ROUNDS = SAMPLES / LANES, PARTS = CHANNELS / VEC / LANES, STEP = VEC * LANES;
     const i64 query = b * a.Q + q, pair = query * HEADS + m;
     const i64 head = (b * a.S * HEADS + m) * CHANNELS + lane * VEC;
     const VALUE_T *value = a.value + head, *grad_output = a.grad_output + pair * CHANNELS + lane * VEC;
     real *grad_value = a.grad_value + head;
     real weight[ROUNDS], grad_weight[ROUNDS], mean = 0;
-    const real scale = softmax<LANES>(a.logit + pair * SAMPLES, lane, weight);
+    softmax<LANES>(a.logit + pair * SAMPLES, lane, weight);
     Row<VEC> g[PARTS];
-    UNROLL for (int part = 0; part < PARTS; part++)
-        g[part] = {grad_output + part * STEP, true};
-#pragma unroll (ROUNDS <= 8 ? ROUNDS : 1)
-    for (int r = 0; r < ROUNDS; r++) {
+    UNROLL for (int part = 0; part < PARTS; part++) g[part] = load<VEC>(grad_output + part * STEP, true);
+    NO_UNROLL for (int r = 0; r < ROUNDS; r++) {
         const int i = r * LANES + lane;
-        weight[r] *= scale;
-        const Sample mine = keep && i < SAMPLES ? place(a, query, pair, i, weight[r]) : Sample{};
-        real dots[4][LANES] = {};
-        UNROLL for (int j = 0; j < LANES; j++) {
-            const Corners at = corners<LANES>(a, mine, r, j);
-            Row<VEC> v[4][PARTS];
-            UNROLL for (int k = 0; k < 4; k++)
-                UNROLL for (int part = 0; part < PARTS; part++)
-                    v[k][part] = {value + i64(at.token[k]) * TOKEN + part * STEP, bool(at.on_map & 1 << k)};
+        const Sample mine = place(a, query, pair, i, weight[r]);
+        real d[4];  // of this lane's own sample
+        NO_UNROLL for (int j = 0; j < LANES; j++) {
+            const Corners at = corners<LANES>(a, mine, r * LANES + j, j);
             UNROLL for (int k = 0; k < 4; k++) {
-                if (ON_GPU || at.on_map & 1 << k)
-                    UNROLL for (int part = 0; part < PARTS; part++)
-                        UNROLL for (int c = 0; c < VEC; c++) dots[k][j] += g[part][c] * v[k][part][c];
-                real *to = grad_value + i64(at.token[k]) * TOKEN;
-                if (at.on_map & 1 << k)
+                real dot = 0;
+                if (ON_GPU || at.on_map[k])
+                    UNROLL for (int part = 0; part < PARTS; part++) {
+                        const VALUE_T *from = value + at.token[k] * TOKEN + part * STEP;
+                        const Row<VEC> v = load<VEC>(from, at.on_map[k]);
+                        UNROLL for (int c = 0; c < VEC; c++) dot += g[part][c] * v[c];
+                    }
+                dot = sum_over_lanes<LANES>(dot);
+                if (lane == j) d[k] = dot;
+            }
+            UNROLL for (int k = 0; k < 4; k++)  // a loop of its own, so that no load waits for an atomic
+                if (at.on_map[k]) {
+                    real *to = grad_value + at.token[k] * TOKEN;
                     UNROLL for (int part = 0; part < PARTS; part++)
                         add<VEC>(to + part * STEP, at.weight[k], g[part]);
-            }
+                }
         }
-        real d[4];  // of this lane's own sample
-        UNROLL for (int k = 0; k < 4; k++) d[k] = transposed_sum<LANES>(dots[k], lane);
         const real upper = d[0] + mine.fx * (d[1] - d[0]), lower = d[2] + mine.fx * (d[3] - d[2]);
         const real left = d[0] + mine.fy * (d[2] - d[0]), right = d[1] + mine.fy * (d[3] - d[1]);
         grad_weight[r] = upper + mine.fy * (lower - upper);
-        mean += mine.weight * grad_weight[r];
-        if (keep && i < SAMPLES) {
-            store(a.grad_offset[(pair * SAMPLES + i) * 2], mine.weight * (right - left));
-            store(a.grad_offset[(pair * SAMPLES + i) * 2 + 1], mine.weight * (lower - upper));
-        }
+        mean += weight[r] * grad_weight[r];
+        store(a.grad_offset[(pair * SAMPLES + i) * 2], weight[r] * (right - left));
+        store(a.grad_offset[(pair * SAMPLES + i) * 2 + 1], weight[r] * (lower - upper));
     }
     mean = sum_over_lanes<LANES>(mean);
-#pragma unroll (ROUNDS <= 8 ? ROUNDS : 1)
-    for (int r = 0; r < ROUNDS; r++)
-        if (keep && r * LANES + lane < SAMPLES)
-            store(a.grad_logit[pair * SAMPLES + r * LANES + lane], weight[r] * (grad_weight[r] - mean));
+    UNROLL for (int r = 0; r < ROUNDS; r++)
+        store(a.grad_logit[pair * SAMPLES + r * LANES + lane], weight[r] * (grad_weight[r] - mean));
 }
 
-// --------------------------------------------------------------------------------------------- entry points
+// ---------------------------------------------------------------------------------------- entry points
 #if ON_GPU
-// A block: 128 threads for consecutive queries of one head, which look at the same neighbourhood, so that
-// the cache serves most loads. The grid: (enough for Q, M, at most B).
-extern "C" __global__ void __launch_bounds__(128) ms_deform_attn_forward(const Arguments a) {
-    const i64 q = (i64(blockIdx.x) * 128 + threadIdx.x) / FORWARD_LANES;
-    const int lane = threadIdx.x % FORWARD_LANES;
-    const bool there = q < a.Q;
+// A block is 128 threads for consecutive queries of one head. They look at the same neighbourhood, so
+// the cache serves most loads. The grid is (enough for Q, M, at most B). __grid_constant__ keeps the
+// compiler from copying the arguments. Shuffles do not wait for threads that have returned.
+#define KERNEL extern "C" __global__ void __launch_bounds__(128)
+KERNEL ms_deform_attn_forward(const __grid_constant__ Arguments a) {
+    const i64 thread = i64(blockIdx.x) * 128 + threadIdx.x, q = thread / FORWARD_LANES;
+    if (q >= a.Q) return;
     for (i64 b = blockIdx.z; b < a.B; b += gridDim.z)
-        forward<FORWARD_VEC, FORWARD_LANES>(a, b, there ? q : 0, blockIdx.y, lane, there);
+        forward<FORWARD_VEC, FORWARD_LANES>(a, b, q, blockIdx.y, thread % FORWARD_LANES);
 }
-extern "C" __global__ void __launch_bounds__(128) ms_deform_attn_backward(const Arguments a) {
-    const i64 q = (i64(blockIdx.x) * 128 + threadIdx.x) / BACKWARD_LANES;
-    const int lane = threadIdx.x % BACKWARD_LANES;
-    const bool there = q < a.Q;
+KERNEL ms_deform_attn_backward(const __grid_constant__ Arguments a) {
+    const i64 thread = i64(blockIdx.x) * 128 + threadIdx.x, q = thread / BACKWARD_LANES;
+    if (q >= a.Q) return;
     for (i64 b = blockIdx.z; b < a.B; b += gridDim.z)
-        backward<BACKWARD_VEC, BACKWARD_LANES>(a, b, there ? q : 0, blockIdx.y, lane, there);
+        backward<BACKWARD_VEC, BACKWARD_LANES>(a, b, q, blockIdx.y, thread % BACKWARD_LANES);
 }
 #else
 extern "C" void ms_deform_attn_forward(const Arguments &a) {
 #pragma omp parallel for collapse(2) num_threads(a.threads)
     for (i64 b = 0; b < a.B; b++)
         for (i64 q = 0; q < a.Q; q++)
-            for (int m = 0; m < HEADS; m++) forward<CHANNELS, 1>(a, b, q, m, 0, true);
+            for (int m = 0; m < HEADS; m++) forward<CHANNELS, 1>(a, b, q, m, 0);
 }
-extern "C" void ms_deform_attn_backward(const Arguments &a) {  // threads share no image and head: no atomics
+extern "C" void ms_deform_attn_backward(const Arguments &a) {
 #pragma omp parallel for collapse(2) num_threads(a.threads)
     for (i64 b = 0; b < a.B; b++)
         for (int m = 0; m < HEADS; m++)
-            for (i64 q = 0; q < a.Q; q++) backward<CHANNELS, 1>(a, b, q, m, 0, true);
+            for (i64 q = 0; q < a.Q; q++) backward<CHANNELS, 1>(a, b, q, m, 0);
 }
 #endif

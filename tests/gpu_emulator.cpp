@@ -14,24 +14,33 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
+#define __grid_constant__
 
 struct Index { unsigned x, y, z; };
 struct float4 { float x, y, z, w; };
+struct uint4 { unsigned x, y, z, w; };
 static Index threadIdx, blockIdx, gridDim;
 
 const int THREADS = 128, WARP = 32, STACK = 1 << 17;
 static ucontext_t scheduler, fibers[THREADS];
 static bool finished[THREADS];
-static int current, arrived[THREADS / WARP], shuffles[THREADS / WARP];  // per warp: waiting, done
+static int current, running[THREADS / WARP];                            // per warp: not yet returned
+static int arrived[THREADS / WARP], shuffles[THREADS / WARP];           // per warp: waiting, done
 static double slots[2][THREADS];                                      // what each thread offers, by parity
 static std::function<void()> kernel;
 
-// Offers x to the warp, waits for its 31 other threads, and returns what thread `from` of the warp offered.
+// Ends the warp's shuffle if all its threads that have not returned wait in it.
+static void finish_shuffle(int warp) {
+    if (arrived[warp] && arrived[warp] == running[warp]) arrived[warp] = 0, shuffles[warp]++;
+}
+
+// Offers x to the warp, waits for its other threads, and returns what thread `from` of the warp offered.
 // A fast thread can be one shuffle ahead of a slow one, never two: hence two slots.
 template <typename T> static T exchange(T x, int from) {
     const int me = current, warp = me / WARP, turn = shuffles[warp];
     slots[turn % 2][me] = x;
-    if (++arrived[warp] == WARP) arrived[warp] = 0, shuffles[warp]++;
+    arrived[warp]++;
+    finish_shuffle(warp);
     while (shuffles[warp] == turn) swapcontext(&fibers[me], &scheduler);
     return (T)slots[turn % 2][warp * WARP + from];
 }
@@ -46,11 +55,14 @@ template <typename T> T __shfl_xor_sync(unsigned, T x, int step, int) {
 
 template <typename T> void atomicAdd(T *p, T x) { *p += x; }
 static void atomicAdd(float4 *p, float4 x) { p->x += x.x, p->y += x.y, p->z += x.z, p->w += x.w; }
+static void __stcs(uint4 *p, uint4 x) { *p = x; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 static void run_fiber() {
     kernel();
     finished[current] = true;
+    running[current / WARP]--;
+    finish_shuffle(current / WARP);
 }
 
 // Runs the kernel for every block of the grid; false if its threads wait for each other for ever.
@@ -61,6 +73,7 @@ static bool run_grid(Index grid) {
         for (blockIdx.y = 0; blockIdx.y < grid.y; blockIdx.y++)
             for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x++) {
                 memset(finished, 0, sizeof finished), memset(arrived, 0, sizeof arrived);
+                for (int &threads : running) threads = WARP;
                 for (int t = 0; t < THREADS; t++) {
                     getcontext(&fibers[t]);
                     fibers[t].uc_stack.ss_sp = &stacks[size_t(t) * STACK];
