@@ -1,6 +1,7 @@
 """Measures the speed of this project on your machine, and computes the cost of the paper's experiments.
 
     python -m extras.benchmark operator                     deformable attention, all ways to compute it
+    python -m extras.benchmark kernel                       what its GPU kernel needs, without a GPU
     python -m extras.benchmark finetune --data coco         training, with any flags of finetune.py
     python -m extras.benchmark pretrain --data imagenet     training, with any flags of pretrain.py
     python -m extras.benchmark hours                        FLOP, A100 hours and memory, by arithmetic
@@ -14,12 +15,17 @@ import functools
 import importlib
 import json
 import math
+import re
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -191,6 +197,96 @@ def public_operators(device: torch.device) -> dict[str, Callable]:
         except (ImportError, AttributeError):
             pass  # it is not installed
     return found if device.type == "cuda" else {}
+
+
+# ----------------------------------------------------------------------------------------------- kernel
+
+def print_kernel() -> None:
+    """Compiles the GPU kernel of Lite and Base, prints what it needs and checks it. No GPU is needed."""
+    rows, checks = [], {}
+    for arch in ("sm_80", "sm_90", "sm_100"):
+        for dtype in (torch.float32, torch.bfloat16):
+            for heads, channels in ((8, 32), (10, 48)):
+                config = deform_attn.KernelConfig(arch, dtype, dtype, dtype, channels, heads, 4, 4)
+                for direction, use in inspect_kernel(config).items():
+                    name = f"{arch}, {str(dtype)[6:]}, C {channels}, {direction}"
+                    rows.append((name, (use["registers"], use["stack"], use["spills"],
+                                        f"{use['instructions']:.1f}")))
+                    checks[f"{name}: no register is spilled"] = use["spills"] == 0
+                    if direction == "forward":
+                        checks[f"{name}: stores 16 bytes at once"] = use["narrow stores"] == 0
+                    elif dtype == torch.bfloat16:
+                        checks[f"{name}: at most 70 registers"] = use["registers"] <= 70
+        config = config._replace(levels=2)
+        generic = sum(use["generic"] for use in inspect_kernel(config).values())
+        checks[f"{arch}: no generic access with 2 levels"] = generic == 0
+    print(markdown("kernel", ("registers", "stack", "spilled bytes", "instructions"), rows))
+    print("instructions: of a warp, per sample of a query and head, when all corners are on the map")
+    failed = [name for name, passed in checks.items() if not passed]
+    print(*(f"FAILED: {name}" for name in failed), f"{len(checks) - len(failed)} of {len(checks)} checks "
+          f"passed", sep="\n")
+    if failed:
+        sys.exit(1)
+
+
+def inspect_kernel(config: deform_attn.KernelConfig) -> dict[str, dict[str, float]]:
+    """Compiles a kernel for a GPU. Returns the properties of its "forward" and "backward" pass."""
+    try:
+        code, messages = deform_attn.compile_for_gpu(config.arch, [*config.options(), "-Xptxas=-v"])
+        assembly = disassemble(code)
+    except OSError as e:
+        raise InputError(f"the kernel cannot be inspected here ({e}): "
+                         f"pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisasm") from None
+    pattern = (r"entry function '\w+_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores"
+               r".*?Used (\d+) registers")
+    uses = {name: {"registers": int(registers), "stack": int(stack), "spills": int(spills)}
+            for name, stack, spills, registers in re.findall(pattern, messages, re.S)}
+    _, *sections = re.split(r"^\.text\.\w+_(\w+):$", assembly, flags=re.M)
+    for name, section in zip(sections[::2], sections[1::2]):
+        lanes = config.definitions()[f"{name.upper()}_LANES"]
+        samples = config.levels * config.points
+        total = warp_instructions(section, (1, samples // lanes, lanes))
+        uses[name]["instructions"] = total / (32 // lanes * samples)
+        uses[name]["generic"] = len(re.findall(r"\b(?:LD|ST)\b", section))
+        uses[name]["narrow stores"] = len(re.findall(r"\bSTG\b(?!\S*\.128)", section))
+    return uses
+
+
+def disassemble(code: bytes) -> str:
+    """Returns the instructions of a GPU's machine code. Raises OSError if there is no nvdisasm."""
+    wheels = [path for folder in sys.path for path in Path(folder).glob("nvidia/*/bin/nvdisasm")]
+    program = shutil.which("nvdisasm") or next(iter(wheels), "nvdisasm")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(code)
+        done = subprocess.run([program, "-c", path], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise OSError(f"nvdisasm: {done.stderr.strip()}")
+    return done.stdout
+
+
+def warp_instructions(assembly: str, trips: tuple[int, ...]) -> int:
+    """Counts the instructions that a warp executes in a function.
+
+    A branch backwards closes a loop. trips: how often the outermost loops run, those in them, and so on.
+    In this kernel these are the loops over images, rounds and lanes.
+    """
+    instructions, labels = [], {}
+    for line in assembly.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line) and not re.search(r"\bNOP\b", line):
+            instructions.append(line)
+    ends = {}  # of the loop that begins at an instruction
+    for number, line in enumerate(instructions):
+        target = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
+        if target and labels[target[1]] < number:
+            ends[labels[target[1]]] = number
+    total = 0
+    for number in range(len(instructions)):
+        depth = sum(start <= number <= end for start, end in ends.items())
+        total += math.prod(trips[:depth])
+    return total
 
 
 # --------------------------------------------------------------------------------------------- training
@@ -416,6 +512,7 @@ def main(arguments: list[str] | None = None) -> None:
         command = commands.add_parser(stage, add_help=False, allow_abbrev=False,
                                       help=f"training, with any flags of {stage}.py and --seconds")
         command.add_argument("--seconds", type=engine.rate, default=15.0)
+    commands.add_parser("kernel", allow_abbrev=False, help="what the GPU kernel needs, without a GPU")
     commands.add_parser("hours", allow_abbrev=False, help="FLOP, A100 hours and memory, by arithmetic")
     args, others = parser.parse_known_args(arguments)
     if args.command in ("finetune", "pretrain"):
@@ -424,6 +521,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     if args.command == "hours":
         return print_hours()
+    if args.command == "kernel":
+        return print_kernel()
     measure_operator(engine.setup(args), args.repeats)
 
 
