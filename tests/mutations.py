@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -191,12 +192,19 @@ def plant(right: str, wrong: str, text: str) -> str:
     return text.replace(right, wrong)
 
 
-def first_failure(tests: str, folder: Path) -> str | None:
-    """Runs test files in the copy `folder` until a test fails. Returns its name, or None."""
+def first_failure(tests: str, file: str | None = None, text: str = "") -> str | None:
+    """Runs test files in a copy of the project, in which `file` has another text, until a test fails.
+    Returns its name, or None."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
                *(f"tests/test_{name}.py" for name in tests.split())]
-    environment = {"FPDETR_REFERENCE_DATA": str(ROOT.parent / "shared"), **os.environ}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    environment = {"FPDETR_REFERENCE_DATA": str(ROOT.parent / "shared"), **os.environ,
+                   "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        leave_out = shutil.ignore_patterns("runs", ".git", "data")
+        copy = Path(shutil.copytree(ROOT, Path(folder) / "copy", ignore=leave_out))
+        if file is not None:
+            (copy / file).write_text(text)
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment)
     if done.returncode == 0:
         return None
     found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
@@ -205,21 +213,17 @@ def first_failure(tests: str, folder: Path) -> str | None:
 
 def main() -> None:
     chosen = [MUTATIONS[int(n)] for n in sys.argv[1:]] or MUTATIONS
+    pool = ThreadPoolExecutor(os.cpu_count())  # each thread waits for a pytest
+    for test in pool.map(first_failure, sorted({tests for *_, tests in chosen})):
+        if test:
+            sys.exit(f"{test} fails without any mistake")
     survivors = 0
-    with tempfile.TemporaryDirectory() as folder:
-        leave_out = shutil.ignore_patterns("runs", ".git", "data")
-        folder = shutil.copytree(ROOT, Path(folder) / "copy", ignore=leave_out)
-        for tests in sorted({tests for *_, tests in chosen}):
-            if test := first_failure(tests, folder):
-                sys.exit(f"{test} fails without any mistake")
-        for what, file, right, wrong, tests in chosen:
-            original = (folder / file).read_text()
-            (folder / file).write_text(plant(right, wrong, original))
-            test = first_failure(tests, folder)
-            (folder / file).write_text(original)
-            survivors += test is None
-            number = MUTATIONS.index((what, file, right, wrong, tests))
-            print(f"{number:2} {what} ({file}): {test or 'NOT CAUGHT'}", flush=True)
+    texts = [plant(right, wrong, (ROOT / file).read_text()) for _, file, right, wrong, _ in chosen]
+    failures = pool.map(first_failure, [m[4] for m in chosen], [m[1] for m in chosen], texts)
+    for mutation, test in zip(chosen, failures):
+        survivors += test is None
+        what, file, *_ = mutation
+        print(f"{MUTATIONS.index(mutation):2} {what} ({file}): {test or 'NOT CAUGHT'}", flush=True)
     print(f"{len(chosen) - survivors} of {len(chosen)} mistakes were caught")
     sys.exit(survivors > 0)
 
