@@ -329,6 +329,12 @@ def test_a_perfect_model_reaches_ap_1_although_boxes_stick_out(folder):
               "bbox": [x0, y0, x1 - x0, y1 - y0]}
              for r in dataset.records for (x0, y0, x1, y1), k in zip(r.boxes.tolist(), r.labels)]
     assert coco_metrics(dataset.ground_truth, found)["AP"] == pytest.approx(1)
+    assert dataset.ground_truth["annotations"][0]["area"] == 9  # as annotated, if it is smaller than the box
+    for box, area in (([-50, 0, 60, 48], 480), ([40, 0, 60, 48], 1152), ([0, -8, 9, 9], 9),
+                      ([0, 40, 9, 9], 72)):
+        content["annotations"][0] = {"image_id": 7, "category_id": 3, "bbox": box}
+        truth = coco_format(folder / "val", content, name="x").ground_truth
+        assert truth["annotations"][0]["area"] == area
 
 
 def test_the_digest_depends_on_all_that_is_learnt(folder, tmp_path):

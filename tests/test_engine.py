@@ -127,8 +127,10 @@ def test_epochs_of_a_resumed_run_may_grow_but_not_fall_below_the_steps_taken(cap
     for epochs, schedule, jumps in ((4, "one-cycle", 0), (5, "step", 0), (5, "one-cycle", 1)):
         engine.check_epochs(Namespace(epochs=epochs, schedule=schedule), saved, steps=4)
         assert ("rate jumps" in capsys.readouterr().out) == jumps
-    with pytest.raises(InputError, match="in epoch 4: give --epochs 4 or more"):
-        engine.check_epochs(Namespace(epochs=3, schedule="step"), saved, steps=4)
+    for epochs, planned, says in ((3, 4, "4 of 4: give --epochs 4"), (4, 9, "4 of 9: give --epochs 5")):
+        with pytest.raises(InputError, match=says):
+            saved["args"]["epochs"] = planned
+            engine.check_epochs(Namespace(epochs=epochs, schedule="step"), saved, steps=4)
 
 
 # ---------------------------------------------------------------------------------- batches and flags
