@@ -81,8 +81,9 @@ def exif_orientation(image: Image.Image) -> int:
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey values of more than 8 bits -> 8 bits. Pillow's own conversion would clip them. Files with 16
-    bits may hold values of 8 or 12 bits. Raises ValueError if the range cannot be known."""
+    """Grey values of more than 8 bits -> 8 bits. Pillow's own conversion would clip them. Files of 16
+    bits may hold values of 8 or 12 bits; the largest value decides. Raises ValueError for floats and for
+    more than 16 bits."""
     if image.mode == "F":
         raise ValueError("its pixels are floats, and their range is unknown: save it with 8 or 16 bits")
     if not image.mode.startswith("I"):
@@ -136,7 +137,7 @@ def resize(image: Image.Image, boxes: np.ndarray, labels: np.ndarray, short: int
 
 def crop(image: Image.Image, boxes: np.ndarray, labels: np.ndarray, x: int, y: int, w: int,
          h: int) -> Sample:
-    """Clips the boxes to the crop and drops those outside. None may be left."""
+    """Clips the boxes to the crop and drops those outside, perhaps all."""
     boxes = np.clip(boxes - np.array([x, y, x, y]), 0, np.array([w, h, w, h]))
     keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     return image.crop((x, y, x + w, y + h)), boxes[keep], labels[keep]
@@ -202,6 +203,7 @@ class Files(Sequence):
         return os.fsdecode(self.text[self.ends[index]:self.ends[index + 1]].tobytes())
 
     def __getitem__(self, index: int) -> Path:
+        index = range(len(self))[index]
         return Path(os.path.normpath(self.folder / self.name(index)))
 
 
@@ -271,7 +273,7 @@ class DetectionSet(Dataset):
 
     @property
     def digest(self) -> str:
-        """A short text that changes when images or annotations are added, removed or changed."""
+        """A short text that changes when annotations or the names of images change."""
         names = getattr(self.records.sources, "text", None)
         return digest(names, *vars(self.annotations).values())
 
@@ -450,7 +452,7 @@ def read_annotations(source: Path | dict, limit: int | None = None) -> tuple[Ann
     clipped = ends.clip(0, np.tile(sizes[image_of], 2))
     # Deformable DETR's rule. The released code also drops boxes less than a pixel wide or high.
     extent = clipped[:, 2:] - clipped[:, :2]
-    areas = np.where((clipped < ends).any(1), np.minimum(areas, extent.prod(1)), areas)
+    areas = np.where((clipped != ends).any(1), np.minimum(areas, extent.prod(1)), areas)
     kept, empty = (extent > 0).all(1), (boxes[:, 2:] == 0).any(1)
     left_out = {"crowd regions": crowd.sum(), "empty": (empty & ~crowd).sum(),
                 "outside of their image": (~kept & ~empty & ~crowd).sum()}
@@ -463,9 +465,10 @@ def read_annotations(source: Path | dict, limit: int | None = None) -> tuple[Ann
 
 
 def check_convention(boxes: np.ndarray, sizes: np.ndarray, file: Path | str) -> None:
-    """Raises InputError if boxes (m, 4) in images of sizes (m, 2) look like corners, centres or shares of
-    the image. Of 7,500 boxes of two real sets, none leaves its image by more than a pixel or has a side
-    below one. If x, y is the centre, 29 % leave it; if the boxes are corners, 75 %."""
+    """Raises InputError if boxes (m, 4), which should be x, y, w, h in pixels, look like corners, centres or
+    shares of the image. sizes: (m, 2), of their images. Measured on 7,500 boxes of two real sets: none
+    leaves its image by more than a pixel, or has a side below one. Of centres 29 % leave the image, of
+    corners 75 %."""
     has_area = (boxes[:, 2:] > 0).all(1)
     boxes, sizes = boxes[has_area], sizes[has_area]
     if not len(boxes):
@@ -476,7 +479,7 @@ def check_convention(boxes: np.ndarray, sizes: np.ndarray, file: Path | str) -> 
     form = "COCO format has x, y, width, height in pixels, and x, y is the top left corner"
     share = f"annotations {file}: {100 * leaves.mean():.0f} % of the boxes leave their image"
     if leaves.mean() > 0.1 and fits_as_corners.mean() > 0.95 and len(boxes) >= 4:
-        raise InputError(f"{share}, but all would fit as corners x0, y0, x1, y1: {form}")
+        raise InputError(f"{share}, but nearly all would fit as corners x0, y0, x1, y1: {form}")
     if leaves.mean() > 0.2 and leaves.sum() >= 20:
         raise InputError(f"{share}: {form}")
     if tiny.mean() > 0.5:
@@ -502,7 +505,7 @@ def is_text(value: object) -> bool:
 
 
 def is_id(value: object) -> bool:
-    """An integer that pycocotools, which holds some ids as float64, tells from others."""
+    """An integer below 2**53. Pycocotools keeps some ids as float64."""
     return type(value) is int and abs(value) < 2 ** 53
 
 

@@ -421,7 +421,9 @@ can_use_kernel._dynamo_marked_constant = True
 
 def operator_path(model: nn.Module, device: torch.device, bf16: bool) -> str:
     """Names the path that the attention of a model on `device` takes. Loads the kernel."""
-    attention = next(m for m in model.modules() if isinstance(m, MSDeformAttn))
+    attention = next((m for m in model.modules() if isinstance(m, MSDeformAttn)), None)
+    if attention is None:
+        return "the fork's own modules"
     dtype = torch.bfloat16 if bf16 else torch.float32
     channels = attention.value_proj.out_features // attention.heads
     sizes = channels, attention.heads, attention.levels, attention.points

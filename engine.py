@@ -64,7 +64,7 @@ def run_script(main: Callable, **options) -> None:
             sys.stdout.flush()  # a closed pipe is noticed here and not at the exit
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
-        sys.exit(141)  # what a shell reports for it
+        code, text = 141, None  # what a shell reports for it, and no word
     except torch.OutOfMemoryError:
         text = ("error: the GPU's memory is full: give a smaller --micro-batch (the batch stays the "
                 "same, in more parts); in an evaluation, a smaller --batch-size")
@@ -100,6 +100,7 @@ def run_script(main: Callable, **options) -> None:
     # They ignore SIGTERM, so exiting inside of `except` would wait for them for ever.
     if text:
         tqdm.write(text, file=sys.stderr)  # below a progress bar, not inside it
+    if text != "":
         sys.exit(code)
 
 
@@ -128,9 +129,11 @@ def number(convert: type, least: float, below: float = math.inf) -> Callable[[st
 
 
 positive, natural = number(int, 1), number(int, 0)
+seed_number = number(int, 0, 2**32)
 fraction, rate = number(float, 0, 1), number(float, 0)
 
-# Flags of the machine and the run folder. They may change with --resume. All others are the recipe.
+# Flags of the machine and the run folder. They may change with --resume. All others are the recipe. (Also
+# --epochs may change, but not below the epochs begun.)
 MACHINE_FLAGS = {"data_root", "workers", "device", "micro_batch", "activation_checkpointing", "compile",
                  "eval_every", "out", "resume", "overwrite"}
 
@@ -146,7 +149,7 @@ def add_training_flags(parser: argparse.ArgumentParser, variants: dict) -> argpa
     parser.add_argument("--layout", choices=("paper", "released"), default="paper",
                         help="modules as in the paper's text, or as in the authors' released code "
                              "(docs/differences.md)")
-    parser.add_argument("--seed", type=natural, default=0,
+    parser.add_argument("--seed", type=seed_number, default=0,
                         help="of weights, data order, augmentation and dropout")
     parser.add_argument("--limit-train", type=positive, help="use the first N training images only "
                         "(pre-training: N images, taken in turn from the classes)")
@@ -340,7 +343,7 @@ def collate_and_share(collate: Callable, samples: list) -> object:
     try:
         batch = collate(samples)
         if get_worker_info() is not None:
-            share(batch)
+            to_shared_memory(batch)
     except RuntimeError as e:
         if "shared memory" not in str(e) and "shm" not in str(e):
             raise
@@ -349,14 +352,14 @@ def collate_and_share(collate: Callable, samples: list) -> object:
     return batch
 
 
-def share(batch: object) -> None:
+def to_shared_memory(batch: object) -> None:
     """Moves the tensors in nested lists, tuples and dicts to shared memory."""
     if isinstance(batch, Tensor):
         if batch.numel():
             batch.share_memory_()
     elif isinstance(batch, (list, tuple, dict)):
         for part in batch.values() if isinstance(batch, dict) else batch:
-            share(part)
+            to_shared_memory(part)
 
 
 def ignore_sigterm(_: int) -> None:
@@ -435,8 +438,9 @@ def progress_bar(what: str, images: int, done: int) -> tqdm:
 def check_epochs(args: argparse.Namespace, state: dict, steps: int) -> None:
     """Raises InputError if a resumed run has taken more steps than --epochs allows. steps: per epoch."""
     done, planned = math.ceil(state["step"] / steps), state.get("args", {}).get("epochs", args.epochs)
-    if done > args.epochs:
-        raise InputError(f"the run to resume is in epoch {done}: give --epochs {done} or more")
+    if done > args.epochs or done == args.epochs < planned:  # it may not have been evaluated there
+        least = min(done + 1, planned)
+        raise InputError(f"the run to resume is in epoch {done} of {planned}: give --epochs {least} or more")
     if args.epochs != planned and args.schedule != "step":
         note(f"--schedule {args.schedule} depends on --epochs: with {args.epochs} instead of {planned}, the "
              f"learning rate jumps")
@@ -513,7 +517,7 @@ def describe_run(model: nn.Module, args: argparse.Namespace, stage: str, classes
 
 def check_resumed(saved: dict, now: dict, path: Path) -> None:
     """Raises InputError in one line unless a checkpoint was made by the run that `now` describes: same
-    stage, model, classes, sets and recipe. Machine flags may differ, and epochs may grow."""
+    stage, model, classes, sets and recipe. Machine flags and epochs may differ."""
     def identity(description: dict) -> dict:
         recipe = {f"--{k.replace('_', '-')}": v for k, v in description.get("args", {}).items()
                   if k not in MACHINE_FLAGS | {"epochs"}}
@@ -586,7 +590,10 @@ class Run:
         self.stage = stage
         self.folder = args.out or Path("runs") / f"{stage}-{args.variant}-{data}"
         self.last, self.arguments = self.folder / "last.pt", self.folder / "args.json"
+        self.found = self.last.stat().st_mtime if self.last.exists() else None
         self.resumed = args.resume and self.last.exists()
+        if any_process(self.resumed) != self.resumed:
+            raise InputError(f"not all processes see {self.last}: name a folder that they share by --out")
         self.state = {"epoch": 0, "step": 0, "best": -math.inf, "scores": {}}
         if self.resumed:
             self.state = load_checkpoint(self.last)
@@ -600,6 +607,8 @@ class Run:
         signal.signal(signal.SIGTERM, self.on_sigterm)
 
     def holds_a_run(self) -> InputError:
+        if not self.folder.is_dir():
+            return InputError(f"{self.folder} is a file: name another --out")
         return InputError(f"{self.folder} already holds a run: --resume goes on with it, --overwrite "
                           f"replaces it, --out names another folder")
 
@@ -612,10 +621,10 @@ class Run:
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """In here, SIGTERM raises Terminated at once: while the run waits for data, or evaluates."""
-        if self.terminated:
-            raise Terminated
         self.waiting = True
         try:
+            if self.terminated:
+                raise Terminated
             yield
         except Terminated:
             kill_loading_processes()
@@ -648,7 +657,9 @@ class Run:
         except FileExistsError:
             raise self.holds_a_run() from None
         except OSError as e:
-            raise InputError(f"cannot write into {self.folder}: {e.strerror}") from None
+            raise InputError(f"cannot write into {self.folder}: {e.strerror or e}") from None
+        if args.resume and self.found != (self.last.stat().st_mtime if self.last.exists() else None):
+            raise InputError(f"another process has just written {self.last}: run the same command again")
         if args.resume:
             log = self.folder / "log.jsonl"
             if log.exists() and not log.read_bytes().endswith(b"\n"):  # a kill has cut off the last line
@@ -670,14 +681,15 @@ class Run:
             pass
 
     def remove(self, args: argparse.Namespace) -> None:
-        """Removes the folder for --overwrite, unless another run or this one needs it."""
-        for path in (".", args.data, args.data_root or "."):
+        """Removes the folder for --overwrite, unless another run is in it, or the data, which are read
+        later. (A checkpoint to start from has been read.)"""
+        for path in (".", args.data, args.data_root or f"data/{args.data}"):
             if Path(path).resolve().is_relative_to(self.folder.resolve()):
                 raise InputError(f"--overwrite would remove {self.folder} and in it {path}, which this run "
                                  f"needs: name another --out")
         self.lock("r+")
         self.locked.close()  # an open file cannot be removed on Windows
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder.resolve())
 
     def save(self, description: dict, model: nn.Module, optimizer: torch.optim.Optimizer,
              **counters) -> None:
@@ -708,9 +720,6 @@ class Run:
         rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in entry.items()}
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(rounded) + "\n")
-
-    def read_log(self) -> list[dict]:
-        return read_log(self.folder / "log.jsonl")
 
     def finish(self, model: nn.Module, args: argparse.Namespace, val: Dataset, scores: dict,
                step: int) -> None:
@@ -745,7 +754,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def in_percent(scores: dict[str, float]) -> str:
-    """Scores in [0, 1] as one line. The metric gives -1 where there is no object, for example of a size."""
+    """Scores in [0, 1] as one line. The metric gives -1 if no object has that size."""
     return ", ".join(f"{k} {100 * v:.1f}" if v >= 0 else f"{k} -" for k, v in scores.items())
 
 

@@ -182,22 +182,22 @@ def resize_to_test(image: Image.Image, image_size: int) -> Image.Image:
 
 # ------------------------------------------------------------------------------------- COCO-C (Table 4)
 
-def evaluate_corruptions(model: torch.nn.Module, dataset: DetectionSet, of: dict,
+def evaluate_corruptions(model: torch.nn.Module, dataset: DetectionSet, evaluation: dict,
                          args: argparse.Namespace, device: torch.device) -> dict:
-    """Evaluates clean images and every corruption at every severity. Results are written to
+    """Evaluates clean images, and the chosen corruptions at the chosen severities. Results are written to
     corruptions.json after each pass, so the same command goes on where it was interrupted.
 
     Args:
-        of: what is evaluated.
+        evaluation: of `describe_evaluation`.
     Returns:
-        {"of": what was evaluated, "clean": metrics, "corruptions": {name: {severity: metrics}}}
+        {"of": evaluation, "clean": metrics, "corruptions": {name: {severity: metrics}}}
     """
     small = np.flatnonzero(dataset.annotations.sizes.min(1) < 32)
     if len(small):  # found before the first pass
         raise InputError(f"image {dataset.name_of(small[0])} is too small for the corruptions, which need "
                          f"32 pixels a side: take it out of the annotations")
     path = args.out / "corruptions.json"
-    state = start_corruptions(path, {**of, "seed": args.seed,
+    state = start_corruptions(path, {**evaluation, "seed": args.seed,
                                      "frost_dir": str(args.frost_dir or "generated")})
     passes = [("clean", 0)] + [(n, s) for n in args.corruptions for s in args.severities]
     todo = [(n, s) for n, s in passes
@@ -228,17 +228,17 @@ def corrupted_picture(image: Image.Image, image_id: int, **options) -> Image.Ima
     return corrupt_seeded(image, image_id, **options)
 
 
-def start_corruptions(path: Path, of: dict) -> dict:
-    """The content of corruptions.json if it belongs to the evaluation `of`, else a fresh one. Corrected
+def start_corruptions(path: Path, evaluation: dict) -> dict:
+    """The content of corruptions.json if it belongs to this evaluation, else a fresh one. Corrected
     annotations start it anew. InputError if anything else differs."""
-    fresh = {"of": of, "clean": None, "corruptions": {}}
+    fresh = {"of": evaluation, "clean": None, "corruptions": {}}
     if not path.exists():
         return fresh
     state = tables.read_json(path, "evaluate.py --corruptions")
     before = state.get("of", {})
-    differ = [k for k in {**before, **of} if before.get(k) != of.get(k)]
+    differ = [k for k in {**before, **evaluation} if before.get(k) != evaluation.get(k)]
     if set(differ) - {"annotations", "images"}:
-        changes = ", ".join(f"{k} {before.get(k)} (now {of.get(k)})" for k in differ)
+        changes = ", ".join(f"{k} {before.get(k)} (now {evaluation.get(k)})" for k in differ)
         raise InputError(f"{path} holds another evaluation, with {changes}: remove it, or name another "
                          f"folder by --out")
     if differ:
@@ -364,7 +364,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--frost-dir", type=Path,
                         help="folder with frost1.png ... frost5.jpg of the package imagecorruptions "
                              "(default: generated frost)")
-    parser.add_argument("--seed", type=engine.natural, default=0, help="of the corruptions")
+    parser.add_argument("--seed", type=engine.seed_number, default=0, help="of the corruptions")
     parser.add_argument("--images", nargs="+", metavar="FILE",
                         help="draw detections on these pictures; no evaluation")
     parser.add_argument("--attention", type=engine.positive, metavar="N",
@@ -387,8 +387,10 @@ def parse() -> argparse.Namespace:
         parser.error("--images, --figure and --corruptions need a detector, not --predictions")
     if args.attention and (args.model or not args.images):
         parser.error("--attention needs a checkpoint of FP-DETR and --images")
-    if args.corruptions and "all" in args.corruptions:
-        args.corruptions = list(CORRUPTIONS)
+    if args.corruptions:
+        everything = "all" in args.corruptions
+        args.corruptions = list(CORRUPTIONS if everything else dict.fromkeys(args.corruptions))
+    args.severities = list(dict.fromkeys(args.severities))
     if not args.table:
         args.checkpoint = args.checkpoint[0] if args.checkpoint else None
         file = args.checkpoint or args.predictions
@@ -469,7 +471,7 @@ def paper_row(checkpoint: dict, dataset: DetectionSet, limit: int | None) -> str
 
 
 def describe_evaluation(args: argparse.Namespace, checkpoint: dict, dataset: DetectionSet) -> dict:
-    """What the scores belong to. It is written beside them, so that a table can tell what fits."""
+    """Which model, data and settings the scores are of. It is written beside them."""
     file = args.checkpoint or args.predictions
     return {"model": args.model or str(Path(file).resolve()),
             "checkpoint": Path(args.checkpoint).name if args.checkpoint else None,
@@ -479,13 +481,12 @@ def describe_evaluation(args: argparse.Namespace, checkpoint: dict, dataset: Det
             "amp": args.amp}
 
 
-def report(results: list[dict], dataset: DetectionSet, of: dict, paper: str | None,
+def report(results: list[dict], dataset: DetectionSet, evaluation: dict, paper: str | None,
            args: argparse.Namespace) -> None:
     """Writes results.json, metrics.json and detections.png and prints the scores."""
     metrics, classes = coco_metrics_by_class(dataset.ground_truth, results)
     (args.out / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    engine.write_json(args.out / "metrics.json", {**of, **metrics, "classes": classes})
-    pictures.results_sheet(dataset, results).save(args.out / "detections.png")
+    engine.write_json(args.out / "metrics.json", {**evaluation, **metrics, "classes": classes})
     rows = [("this model", tuple(100 * v for v in metrics.values()))]
     if paper:
         number = 5 if dataset.name.startswith("cityscapes") else 2
@@ -495,6 +496,7 @@ def report(results: list[dict], dataset: DetectionSet, of: dict, paper: str | No
     print(f"{tables.markdown('class', ('objects', 'AP'), by_class)}\n\n"
           f"{dataset.name}, {len(dataset)} images, AP in percent\n"
           f"{tables.markdown('', METRICS, rows)}\nresults and pictures: {args.out}")
+    pictures.results_sheet(dataset, results).save(args.out / "detections.png")
 
 
 def main(detector: Callable[[Config, int], Detector] = Detector,
@@ -512,7 +514,8 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
         model = model or load_hugging_face(args.model[3:])
         draw_files(model.to(device), checkpoint.get("classes") or model.classes, args, device)
         return
-    args.data_root = args.data_root or trained.get("data_root")
+    if args.data in (None, trained.get("data")):
+        args.data_root = args.data_root or trained.get("data_root")
     dataset = read_data(data=args.data or trained.get("data", "coco"), split=args.split,
                         root=args.data_root, limit=args.limit_val, image_size=args.image_size)
     if dataset.annotations.crowd.all():
@@ -524,7 +527,7 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
     else:
         match_classes(dataset, checkpoint["classes"], args.checkpoint)
         model.to(device)
-    of = describe_evaluation(args, checkpoint, dataset)
+    evaluation = describe_evaluation(args, checkpoint, dataset)
     if args.frost_dir:  # finds missing photographs before the first pass
         corrupted_picture(Image.new("RGB", (32, 32)), 0, name="frost", severity=1,
                           frost_dir=args.frost_dir)
@@ -533,14 +536,14 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
     if args.figure:
         draw_figure(model, dataset, args)
     elif args.corruptions:
-        state = evaluate_corruptions(model, dataset, of, args, device)
+        state = evaluate_corruptions(model, dataset, evaluation, args, device)
         if engine.rank() == 0:
             print(report_corruptions(state, paper if dataset.name == "coco val" else None, args))
     else:
         if model is not None:
             results = detect(model, dataset, args, device, args.batch_size)
         if engine.rank() == 0:
-            report(results, dataset, of, paper, args)
+            report(results, dataset, evaluation, paper, args)
 
 
 if __name__ == "__main__":

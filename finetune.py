@@ -198,9 +198,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**CITYSCAPES_RECIPE, lr=2e-4 if known.variant == "lite" else 1e-4)
     args = parser.parse_args(arguments)
     args.adaptor = args.adaptor or ("none" if args.structure == "encoder-decoder" else "self-attention")
-    if args.schedule == "step" and args.lr_drop >= args.epochs:
-        print(f"note: --lr-drop {args.lr_drop} is not below --epochs {args.epochs}, so the learning "
-              f"rate never drops (paper: 40 of 50)")
     return args
 
 
@@ -285,6 +282,9 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
     args = parse()
     device = engine.setup(args)
     run = engine.Run(args, "finetune")
+    if args.schedule == "step" and args.lr_drop >= args.epochs:
+        engine.note(f"--lr-drop {args.lr_drop} is not below --epochs {args.epochs}, so the learning rate "
+                    f"never drops (paper: 40 of 50)")
 
     # Data, model and weights come before anything is written, so bad input leaves nothing behind.
     options = dict(data=args.data, root=args.data_root, image_size=args.image_size, seed=args.seed)
@@ -365,7 +365,8 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
                 run.log(epoch=epoch + 1, step=step, **scores)
                 if engine.rank() == 0:
                     pictures.results_sheet(val, results).save(run.folder / "detections.png")
-                    pictures.draw_curves(run.read_log(), ("AP", "AP50"), run.folder / "curves.png")
+                    log = engine.read_log(run.folder / "log.jsonl")
+                    pictures.draw_curves(log, ("AP", "AP50"), run.folder / "curves.png")
                     bar.write(f"epoch {epoch + 1}: {engine.in_percent(scores)}")
                 if scores["AP"] > best:
                     best = scores["AP"]

@@ -150,7 +150,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup-epochs", type=engine.natural, default=5,
                         help="of --schedule cosine (DeiT)")
     parser.add_argument("--weight-decay", type=engine.rate, default=0.05,
-                        help="AdamW's, not on norms and biases (DeiT)")
+                        help="AdamW's, not on norms, biases, class token and positions (DeiT)")
     parser.add_argument("--image-size", type=engine.number(int, 64), default=224,
                         help="side of the square, 64 or more: the coarsest tokens are 64 pixels wide")
     parser.add_argument("--augment", choices=("deit", "21k", "flip", "none"), default="deit",
@@ -186,8 +186,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def build_optimizer(model: Classifier, args: argparse.Namespace) -> torch.optim.AdamW:
-    """AdamW. As in DeiT, norms, biases, the class token and embeddings of positions (ours: its position
-    and the level embedding) have no weight decay."""
+    """AdamW. Norms, biases, the class token, its position and the level embedding have no weight decay.
+    (DeiT exempts its class token and position embeddings.)"""
     decayed, spared = [], []
     for name, p in model.named_parameters():
         (decayed if "weight" in name and p.ndim > 1 else spared).append(p)
@@ -433,7 +433,8 @@ def main(classifier: Callable[[Config, int], Classifier] = Classifier,
                 run.log(epoch=epoch + 1, step=step, **scores)
                 if engine.rank() == 0:
                     draw_predictions(model, val, device, run.folder / "predictions.png")
-                    pictures.draw_curves(run.read_log(), tuple(scores), run.folder / "curves.png")
+                    log = engine.read_log(run.folder / "log.jsonl")
+                    pictures.draw_curves(log, tuple(scores), run.folder / "curves.png")
                     bar.write(f"epoch {epoch + 1}: {engine.in_percent(scores)}")
                 if scores["top1"] > best:
                     best = scores["top1"]

@@ -109,7 +109,8 @@ def mean_and_deviation(values: list[float]) -> str:
     if min(values) < 0:
         return "-"  # the metric gives -1 for a size that no object has
     values = [100 * v for v in values]
-    return f"{statistics.mean(values):.1f}±{statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+    deviation = f"±{statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
 
 
 def markdown(first: str, header: tuple[str, ...], rows: list[tuple[str, tuple]]) -> str:
@@ -192,10 +193,9 @@ def read_run(number: int, folder: Path) -> dict:
     measured = read_json(path, command.format(folder / "last.pt"))
     measured = {**measured.get("of", {}), **measured}
     changed, step = measured.get("changed"), measured.get("step")
-    # Older corruptions.json name the checkpoint as the model.
-    name = Path(measured.get("checkpoint", changed and measured.get("model")) or "").name
+    name = measured.get("checkpoint") or ""
     file = folder / (name or "last.pt")
-    wrong = run and not name and ("checkpoint" in measured or "model" in measured)  # another detector
+    wrong = run and not name and "checkpoint" in measured  # another detector's scores
     wrong = wrong or changed and file.is_file() and file.stat().st_mtime != changed
     if wrong or name == "last.pt" and None not in (step, run.get("step")) and step != run["step"]:
         raise InputError(f"{path} was not measured on {file} of the finished run: end the training, "
@@ -237,7 +237,9 @@ def pretraining_of(scores: dict) -> dict:
 
 def row_of_seeds(folders: list[Path], seeds: list[dict]) -> tuple:
     """Table 5: mean and deviation of runs that differ in their seed only."""
-    recipes = [{**s["run"], **dict.fromkeys(METRICS), "evaluation": notes(5, s)} for s in seeds]
+    measured = ("data", "images", "image_size", "checkpoint")
+    recipes = [{**s["run"], **dict.fromkeys((*METRICS, "step")), **{k: s.get(k) for k in measured}}
+               for s in seeds]
     for (a, one), (b, two) in combinations(zip(folders, recipes), 2):
         differ = sorted(k for k in one.keys() & two.keys() - {"seed"} if one[k] != two[k])
         if differ or one.get("seed", a) == two.get("seed", b):

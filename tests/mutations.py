@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -60,9 +61,9 @@ MUTATIONS = [  # the mistake, its file, the right text, the wrong text, the test
      "if part in name)", "if part == name)", "finetune"),
     ("the gradient is not clipped", "finetune.py", "args.clip or math.inf", "math.inf", "finetune"),
     ("the loop ignores the schedule", "finetune.py",
-     "group[\"initial_lr\"] * factor", "group[\"initial_lr\"]", "finetune"),
+     "group[\"initial_lr\"] * factor", "group[\"initial_lr\"]", "recipe"),
     ("the loop augments every epoch alike", "finetune.py",
-     "sampler.epoch = train.epoch = epoch", "sampler.epoch = epoch", "finetune"),
+     "sampler.epoch = train.epoch = epoch", "sampler.epoch = epoch", "recipe"),
     ("no flip", "data.py", "rng.random() < 0.5:\n            sample = flip",
      "rng.random() < 0:\n            sample = flip", "data"),
     ("evaluation with stochastic depth", "pretrain.py", "    model.eval()\n", "", "pretrain"),
@@ -85,6 +86,102 @@ MUTATIONS = [  # the mistake, its file, the right text, the wrong text, the test
      "torch.tensor([w, h, w, h])", "torch.tensor([h, w, h, w])", "evaluate"),
     ("detection with dropout", "evaluate.py", "    model.eval()\n    # GroupNorm", "    # GroupNorm",
      "evaluate"),
+    # loops of both stages
+    ("best.pt is always the last", "finetune.py", "if scores[\"AP\"] > best:", "if True:", "recipe"),
+    ("best.pt is the first", "finetune.py", "best = scores[\"AP\"]\n", "best = 9\n", "recipe"),
+    ("the normaliser is that of the micro-batch", "finetune.py",
+     "detection_loss(outputs, targets, num_matches)", "detection_loss(outputs, targets)", "recipe"),
+    ("gradients are not cleared", "finetune.py", "    optimizer.zero_grad(set_to_none=True)\n", "",
+     "recipe"),
+    ("only the last micro-batch counts", "finetune.py", "        losses[\"loss\"].backward()",
+     "        optimizer.zero_grad()\n        losses[\"loss\"].backward()", "recipe"),
+    ("no weight decay", "finetune.py", "weight_decay=args.weight_decay)", "weight_decay=0)", "recipe"),
+    ("one-cycle without warm-up", "finetune.py", "if progress < 0.1:", "if progress < 0:", "recipe"),
+    ("weights stay between steps", "finetune.py", "    optimizer.step()\n", "", "recipe"),
+    ("fine-tuning in evaluation mode", "finetune.py", "        model.train()\n", "", "recipe"),
+    ("every step draws the same dropout", "finetune.py", "engine.seed_step(args.seed, step)",
+     "engine.seed_step(args.seed, epoch)", "recipe"),
+    ("all epochs have the same order", "finetune.py", "sampler.epoch = train.epoch = epoch",
+     "train.epoch = epoch", "recipe"),
+    ("L1 weight 2", "finetune.py", "2.0, 5.0, 2.0", "2.0, 2.0, 2.0", "recipe"),
+    ("no deep supervision", "finetune.py", "layers = [*outputs[\"aux_outputs\"], outputs]",
+     "layers = [outputs]", "recipe"),
+    ("step schedule by steps", "finetune.py", "step // steps_per_epoch >= lr_drop", "step >= lr_drop",
+     "recipe"),
+    ("the class token decays", "pretrain.py", "\"weight\" in name and p.ndim > 1", "p.ndim > 1",
+     "recipe"),
+    ("pre-training ignores the schedule", "pretrain.py", "                    group[\"lr\"] = lr\n",
+     "                    pass\n", "recipe"),
+    ("cosine by steps", "pretrain.py", "cosine(args.lr, COSINE_END, epoch / args.epochs)",
+     "cosine(args.lr, COSINE_END, step / args.epochs)", "recipe"),
+    ("mixing is the same in every step", "pretrain.py", "(args.seed, epoch, step, 1)", "(args.seed, 1)",
+     "recipe"),
+    ("pre-training's best.pt is always the last", "pretrain.py", "if scores[\"top1\"] > best:",
+     "if True:", "recipe"),
+    ("the mean of micro-batches, not of images", "pretrain.py", ".log_softmax(-1)).sum() / total",
+     ".log_softmax(-1)).sum() / len(logits)", "recipe"),
+    ("no label smoothing", "pretrain.py", "smooth_targets(labels, num_classes, args.smoothing)",
+     "smooth_targets(labels, num_classes, 0)", "recipe"),
+    ("copies of an image are apart", "pretrain.py", "order.flatten()[:self.used]",
+     "order.T.flatten()[:self.used]", "recipe"),
+    ("the pre-training set keeps its first epoch", "pretrain.py", "sampler.epoch = train.epoch = epoch",
+     "sampler.epoch = epoch", "recipe"),
+    ("mixup: targets are not mixed", "extras/augment.py", "targets.lerp(targets.flip(0), 1 - ratio)",
+     "targets", "recipe"),
+    # flags
+    ("--dropout is ignored", "finetune.py", "dropout=args.dropout, ", "", "flags"),
+    ("--adaptor-per-layer is ignored", "finetune.py",
+     "adaptor=args.adaptor, adaptor_per_layer=args.adaptor_per_layer,", "adaptor=args.adaptor,",
+     "flags"),
+    ("--drop-path is ignored", "pretrain.py", "drop_path=args.drop_path, ", "", "flags"),
+    ("--activation-checkpointing is ignored", "finetune.py",
+     "    model.encoder.checkpointing = args.activation_checkpointing\n", "", "flags"),
+    ("--compile is ignored", "pretrain.py", "torch.compile(model) if args.compile else model", "model",
+     "flags"),
+    ("--amp bf16 is ignored", "engine.py", "enabled=args.amp == \"bf16\"", "enabled=False", "flags"),
+    ("--limit-val is ignored", "finetune.py",
+     "read_data(split=\"val\", limit=args.limit_val, **options)", "read_data(split=\"val\", **options)",
+     "flags"),
+    ("validation with training augmentation", "pretrain.py", "limit=args.limit_val, augment=\"none\"",
+     "limit=args.limit_val, augment=args.augment", "flags"),
+    ("--eval-every is ignored", "pretrain.py", "(epoch + 1) % args.eval_every == 0 or ", "", "flags"),
+    ("--sampling-lr is ignored", "finetune.py", "\"sampling_offsets\": args.sampling_lr",
+     "\"sampling_offsets\": 0.25", "flags"),
+    ("--split is ignored", "evaluate.py", "split=args.split,\n", "split=\"val\",\n", "flags"),
+    ("--severities are ignored", "evaluate.py", "for s in args.severities]\n    todo",
+     "for s in (1,)]\n    todo", "flags"),
+    # evaluation, data and reports
+    ("top-1 counts the second class", "pretrain.py", "best[:, 0].sum()", "best[:, 1].sum()", "pretrain"),
+    ("AP of a class over crowds", "evaluate.py", "if not a.get(\"iscrowd\")]\n    classes",
+     "]\n    classes", "evaluate commands"),
+    ("classes are matched by position", "evaluate.py",
+     "dataset.classes, dataset.category_ids = classes, [id_of[name] for name in classes]",
+     "dataset.classes = classes", "commands"),
+    ("released layout in padded batches", "evaluate.py", "        batch_size = 1\n", "        pass\n",
+     "evaluate"),
+    ("rPC is not divided by the clean AP", "extras/claims.py", " / max(passes[\"clean\"][\"AP\"], 1e-9)",
+     "", "claims"),
+    ("mean over severities and corruptions at once", "extras/tables.py",
+     "each[name] = 100 * statistics.mean(values)", "each[name] = 100 * max(values)", "tables"),
+    ("deviation of the population", "extras/tables.py", "statistics.stdev(values)",
+     "statistics.pstdev(values)", "tables"),
+    ("runs of other flags count as done", "extras/claims.py",
+     "if made != self.origin(args.code) and (made or first.exists()):", "if False:", "claims"),
+    ("one severity is the whole of COCO-C", "extras/claims.py", "return count == ",
+     "return 0 < count or ", "claims"),
+    ("C2's none is trained with self-attention", "extras/claims.py",
+     "finetune_jobs(args, \"none\", pre, \"--adaptor\", \"none\")", "finetune_jobs(args, \"none\", pre)",
+     "claims"),
+    ("ground truth is not clipped", "data.py", "        xywh = np.concatenate([self.boxes[:, :2], ",
+     "        xywh = np.concatenate([self.boxes[:, :2] - 1, ", "data"),
+    ("resumed entries stay twice", "engine.py", "if e[\"step\"] <= entry[\"step\"]", "if True",
+     "engine"),
+    ("other data may be resumed", "engine.py", "                **description.get(\"content\", {}), ",
+     "                ", "engine"),
+    ("warm-up from zero", "pretrain.py", "WARMUP_START, COSINE_END = 1e-6, 1e-5",
+     "WARMUP_START, COSINE_END = 0, 1e-5", "pretrain"),
+    ("hours without the backward pass", "extras/benchmark.py", "118_287, 3 * 50", "118_287, 50",
+     "benchmark"),
 ]
 
 
@@ -95,12 +192,19 @@ def plant(right: str, wrong: str, text: str) -> str:
     return text.replace(right, wrong)
 
 
-def first_failure(tests: str, folder: Path) -> str | None:
-    """Runs test files in the copy `folder` until a test fails. Returns its name, or None."""
+def first_failure(tests: str, file: str | None = None, text: str = "") -> str | None:
+    """Runs test files in a copy of the project, in which `file` has another text, until a test fails.
+    Returns its name, or None."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
                *(f"tests/test_{name}.py" for name in tests.split())]
-    environment = {"FPDETR_REFERENCE_DATA": str(ROOT.parent / "shared"), **os.environ}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    environment = {"FPDETR_REFERENCE_DATA": str(ROOT.parent / "shared"), **os.environ,
+                   "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        leave_out = shutil.ignore_patterns("runs", ".git", "data")
+        copy = Path(shutil.copytree(ROOT, Path(folder) / "copy", ignore=leave_out))
+        if file is not None:
+            (copy / file).write_text(text)
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment)
     if done.returncode == 0:
         return None
     found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
@@ -109,21 +213,17 @@ def first_failure(tests: str, folder: Path) -> str | None:
 
 def main() -> None:
     chosen = [MUTATIONS[int(n)] for n in sys.argv[1:]] or MUTATIONS
+    pool = ThreadPoolExecutor(os.cpu_count())  # each thread waits for a pytest
+    for test in pool.map(first_failure, sorted({tests for *_, tests in chosen})):
+        if test:
+            sys.exit(f"{test} fails without any mistake")
     survivors = 0
-    with tempfile.TemporaryDirectory() as folder:
-        leave_out = shutil.ignore_patterns("runs", ".git", "data")
-        folder = shutil.copytree(ROOT, Path(folder) / "copy", ignore=leave_out)
-        for tests in sorted({tests for *_, tests in chosen}):
-            if test := first_failure(tests, folder):
-                sys.exit(f"{test} fails without any mistake")
-        for what, file, right, wrong, tests in chosen:
-            original = (folder / file).read_text()
-            (folder / file).write_text(plant(right, wrong, original))
-            test = first_failure(tests, folder)
-            (folder / file).write_text(original)
-            survivors += test is None
-            number = MUTATIONS.index((what, file, right, wrong, tests))
-            print(f"{number:2} {what} ({file}): {test or 'NOT CAUGHT'}", flush=True)
+    texts = [plant(right, wrong, (ROOT / file).read_text()) for _, file, right, wrong, _ in chosen]
+    failures = pool.map(first_failure, [m[4] for m in chosen], [m[1] for m in chosen], texts)
+    for mutation, test in zip(chosen, failures):
+        survivors += test is None
+        what, file, *_ = mutation
+        print(f"{MUTATIONS.index(mutation):2} {what} ({file}): {test or 'NOT CAUGHT'}", flush=True)
     print(f"{len(chosen) - survivors} of {len(chosen)} mistakes were caught")
     sys.exit(survivors > 0)
 

@@ -85,7 +85,7 @@ def test_boxes_of_a_file_are_evaluated(tmp_path):
 
 
 def test_real_pictures_with_gapped_categories(shared, tmp_path):
-    short = [*SHORT, *"--batch-size 4 --micro-batch 2 --workers 2 --image-size 128".split()]
+    short = [*SHORT, *"--batch-size 4 --micro-batch 2 --workers 2 --image-size 96".split()]
     run(tmp_path, "finetune.py", "--data", shared("data/coco_mini"), *short)
     assert (tmp_path / "runs" / "finetune-tiny-coco_mini" / "detections.png").exists()
 

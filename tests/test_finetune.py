@@ -1,7 +1,6 @@
 """Matching and losses against the authors' own numbers and against their definitions written out; a
 training step; and the loop, which has to apply the recipe of its flags."""
 import itertools
-import sys
 from argparse import Namespace
 from dataclasses import replace
 
@@ -9,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-import finetune
-from data import detection_set
 from extras.released import released_layout
 from finetune import build_optimizer, detection_loss, giou, match, parse, schedule_factor, train_step
 from model import VARIANTS, Detector
@@ -230,35 +227,3 @@ def test_schedules_at_hand_computed_steps():
     for step, factor in ((0, 0.04 + 0.96 / 20), (9, 0.52), (19, 1), (64, 0.8535534), (109, 0.5),
                          (154, 0.1464466), (199, 0)):
         assert schedule_factor("one-cycle", step, 20, 10, 0) == pytest.approx(factor, abs=1e-6)
-
-
-def test_the_loop_applies_its_flags(tmp_path, monkeypatch):
-    sets, steps, aps, real_step = {}, [], iter([0.1, 0.5, 0.3]), finetune.train_step
-
-    def read_data(split, **options):
-        sets[split] = detection_set(split=split, **options)
-        return sets[split]
-
-    def spy_step(model, optimizer, batch, args, device):
-        assert model.encoder.checkpointing and model.training
-        assert {g["weight_decay"] for g in optimizer.param_groups} == {0.02}
-        rates = sorted(g["lr"] for g in optimizer.param_groups)
-        steps.append((sets["train"].epoch, rates, model.class_head.weight.tolist()))
-        return real_step(model, optimizer, batch, args, device)
-    monkeypatch.setattr(finetune, "train_step", spy_step)
-    monkeypatch.setattr(finetune, "coco_metrics", lambda *_: {"AP": next(aps), "AP50": 0.6})
-    monkeypatch.setattr(sys, "argv", [
-        "finetune.py", *"--limit-train 6 --limit-val 2 --batch-size 3 --micro-batch 2 --epochs 3 --lr 1e-3"
-        " --schedule step --lr-drop 2 --backbone-lr 0.5 --sampling-lr 0.25 --weight-decay 0.02 --seed 5"
-        " --dropout 0.3 --augment paper --queries 7 --adaptor none --activation-checkpointing"
-        " --eval-every 1 --device cpu --out".split(), str(tmp_path)])
-    finetune.main(read_data=read_data)
-    assert (sets["train"].transform.augment, sets["val"].transform.augment) == ("paper", "none")
-    assert (len(sets["train"]), len(sets["val"]), sets["train"].seed) == (6, 2, 5)
-    assert [s[:2] for s in steps] == [
-        (epoch, pytest.approx([factor * rate for rate in (2.5e-4, 5e-4, 1e-3)]))
-        for epoch, factor in ((0, 1), (0, 1), (1, 1), (1, 1), (2, 0.1), (2, 0.1))]
-    best, last = (torch.load(tmp_path / f, weights_only=True) for f in ("best.pt", "last.pt"))
-    assert (best["scores"]["AP"], last["scores"]["AP"]) == (0.5, 0.3)
-    assert best["model"]["class_head.weight"].tolist() == steps[4][2]  # as the third epoch found it
-    assert [last["config"][k] for k in ("dropout", "queries", "adaptor")] == [0.3, 7, "none"]

@@ -2,7 +2,6 @@
 definitions; and the loop, which has to apply the recipe of its flags."""
 import json
 import math
-import sys
 from argparse import Namespace
 from dataclasses import replace
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 import pretrain
-from data import classification_set
 from engine import InputError
 from extras.augment import mix
 from extras.imagenet21k_tree import build_tree
@@ -177,41 +175,3 @@ def test_an_evaluation_counts_by_hand(tree):
     args = Namespace(micro_batch=2, workers=0, amp="off")
     scores = pretrain.evaluate(Answers().train(), dataset, tree, args, torch.device("cpu"))
     assert scores == pytest.approx({"top1": 1 / 3, "top5": 2 / 3, "semantic_top1": 1 / 4})
-
-
-def test_the_loop_applies_its_flags(tmp_path, monkeypatch, capsys):
-    sets, steps, compiled, top1 = {}, [], [], iter([0.1, 0.5, 0.3, 0.2])
-    real_step = pretrain.train_step
-
-    def read_data(split, **options):
-        sets[split] = classification_set(split=split, **options)
-        return sets[split]
-
-    def spy_step(model, optimizer, images, labels, classes, rng, tree, args):
-        assert model is compiled[-1] and model.encoder.checkpointing and model.training
-        steps.append((sets["train"].epoch, len(images), *{g["lr"] for g in optimizer.param_groups},
-                      str(rng.bit_generator.state), model.class_head.weight.tolist()))
-        return real_step(model, optimizer, images, labels, classes, rng, tree, args)
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    monkeypatch.setattr(pretrain, "train_step", spy_step)
-    monkeypatch.setattr(pretrain, "evaluate", lambda *_: {"top1": next(top1), "top5": 1.0})
-
-    def train(out, *flags):
-        monkeypatch.setattr(sys, "argv", [
-            "pretrain.py", *"--limit-train 8 --limit-val 2 --batch-size 4 --micro-batch 3 --lr 1e-3"
-            " --schedule cosine --warmup-epochs 1 --drop-path 0.11 --augment deit --repeats 3 --mixup 0.8"
-            " --cutmix 1 --class-tokens 2 --activation-checkpointing --compile --device cpu".split(),
-            "--out", str(tmp_path / out), *flags])
-        pretrain.main(read_data=read_data)
-        return [torch.load(tmp_path / out / f, weights_only=True) for f in ("best.pt", "last.pt")]
-    best, last = train("run", "--epochs", "3")
-    assert (sets["train"].augment, sets["val"].augment) == ("deit", "none")
-    rates = [1e-6, 1e-5 + 9.9e-4 * 0.75, 1e-5 + 9.9e-4 * 0.25]  # cosines of 60 and 120 degrees
-    assert [s[:3] for s in steps] == [(e, 4, pytest.approx(rates[e])) for e in (0, 0, 1, 1, 2, 2)]
-    assert len({s[3] for s in steps}) == 6  # each step mixes anew
-    assert (best["scores"]["top1"], last["scores"]["top1"]) == (0.5, 0.3)
-    assert best["model"]["class_head.weight"].tolist() == steps[4][4]  # as the third epoch found it
-    assert (last["config"]["drop_path"], last["config"]["class_tokens"]) == (0.11, 2)
-    train("next", "--epochs", "1", "--init", str(tmp_path / "run" / "last.pt"))
-    assert "class_head; starting fresh: nothing" in capsys.readouterr().out
-    assert last["model"]["class_head.weight"].tolist() == steps[6][4]

@@ -40,7 +40,7 @@ def test_markdown():
 def test_means_by_hand():
     # The mean is 0.3, the squares of the differences are 0.04 + 0.01 + 0.01 + 0.04, over n - 1 = 3.
     assert mean_and_deviation([0.1, 0.2, 0.4, 0.5]) == "30.0±18.3"
-    assert mean_and_deviation([0.25]) == "25.0±0.0" and mean_and_deviation([0.2, -1.0]) == "-"
+    assert mean_and_deviation([0.25]) == "25.0" and mean_and_deviation([0.2, -1.0]) == "-"
     row = corruption_row({"corruptions": {"fog": {"1": {"AP": 0.4}, "5": {"AP": 0.2}},
                                           "snow": {"3": {"AP": 0.1}}}})
     assert row[0] == pytest.approx(20) and row[1 + NAMES.index("fog")] == pytest.approx(30)
@@ -87,8 +87,8 @@ def evaluation(**changes):
 
 def corrupted(passes=PASSES, **changes):
     """corruptions.json of last.pt."""
-    return {"of": {"model": "runs/a/last.pt", "changed": 1000.0, "data": "coco val", "images": 5000,
-                   "image_size": 800, "frost_dir": "photos", **changes},
+    return {"of": {"model": "/runs/a/last.pt", "checkpoint": "last.pt", "changed": 1000.0, "images": 5000,
+                   "data": "coco val", "image_size": 800, "frost_dir": "photos", **changes},
             "clean": {"AP": 0.5}, "corruptions": passes}
 
 
@@ -173,7 +173,7 @@ def test_table_5_has_one_row_for_all_seeds(run):
     for evaluated, changes, says in (
             (None, dict(seed=2, lr=1e-3, epochs=9), "differ in epochs, lr:"),
             (None, dict(seed=1), "have the same seed"),
-            (evaluation(**CITY, image_size=400), dict(seed=2), "differ in evaluation")):
+            (evaluation(**CITY, image_size=400), dict(seed=2), "differ in checkpoint, image_size:")):
         third = run("third", evaluated, **{**CITY, "lr": 1e-4, **changes})
         run("city-seed0", lr=1e-4, **CITY)
         with pytest.raises(InputError, match=f"third {says}"):
