@@ -333,7 +333,7 @@ class KernelConfig(NamedTuple):
     levels: int
     points: int
 
-    @functools.cache
+    @functools.cache  # noqa: B019 (there are few builds)
     def definitions(self) -> dict[str, str | int]:
         """Returns the macros of this build. The head of deform_attn_kernel.cu explains them."""
         real = compute_dtype(self.value, self.offset, self.logit)

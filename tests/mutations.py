@@ -1,6 +1,6 @@
-"""Plants plausible mistakes in a copy of the project, one at a time. Each must make a test fail.
+"""Plants plausible mistakes in copies of the project, one in each. Each must make a test fail.
 
-    python tests/mutations.py           all of them, in less than ten minutes
+    python tests/mutations.py           all of them, in a quarter of an hour on 2 cores
     python tests/mutations.py 3 17      only these
 
 It prints the test that caught each mistake. test_mutations.py checks that each still fits the code.
@@ -98,7 +98,8 @@ MUTATIONS = [  # the mistake, its file, the right text, the wrong text, the test
     ("no weight decay", "finetune.py", "weight_decay=args.weight_decay)", "weight_decay=0)", "recipe"),
     ("one-cycle without warm-up", "finetune.py", "if progress < 0.1:", "if progress < 0:", "recipe"),
     ("weights stay between steps", "finetune.py", "    optimizer.step()\n", "", "recipe"),
-    ("fine-tuning in evaluation mode", "finetune.py", "        model.train()\n", "", "recipe"),
+    ("fine-tuning in evaluation mode", "finetune.py", "        model.train()\n",
+     "        model.eval()\n", "recipe"),
     ("every step draws the same dropout", "finetune.py", "engine.seed_step(args.seed, step)",
      "engine.seed_step(args.seed, epoch)", "recipe"),
     ("all epochs have the same order", "finetune.py", "sampler.epoch = train.epoch = epoch",
@@ -152,7 +153,7 @@ MUTATIONS = [  # the mistake, its file, the right text, the wrong text, the test
      "for s in (1,)]\n    todo", "flags"),
     # evaluation, data and reports
     ("top-1 counts the second class", "pretrain.py", "best[:, 0].sum()", "best[:, 1].sum()", "pretrain"),
-    ("AP of a class over crowds", "evaluate.py", "if not a.get(\"iscrowd\")]\n    classes",
+    ("crowds count as objects of a class", "evaluate.py", "if not a.get(\"iscrowd\")]\n    classes",
      "]\n    classes", "evaluate commands"),
     ("classes are matched by position", "evaluate.py",
      "dataset.classes, dataset.category_ids = classes, [id_of[name] for name in classes]",

@@ -156,3 +156,34 @@ def test_bad_input_ends_in_one_line(monkeypatch, capsys, arguments, says):
         engine.run_script(benchmark.main, arguments=arguments)
     last = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and "error: " in last and says in last
+
+
+ASSEMBLY = """
+.text.ms_deform_attn_forward:
+        /*0000*/ MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/ LDG.E.128 R4, [R2] ;
+        /*0020*/ FFMA R5, R5, R6, R7 ;
+.L_x_2:
+        /*0030*/ NOP ;
+        /*0040*/ SHFL.BFLY R8, R5, 0x1 ;
+        /*0050*/ @P0 BRA `(.L_x_2) ;
+        /*0060*/ @P1 BRA `(.L_x_1) ;
+        /*0070*/ @P2 BRA `(.L_x_3) ;
+.L_x_3:
+        /*0080*/ EXIT ;
+"""
+
+
+def test_instructions_of_loops_are_counted_as_often_as_they_run():
+    """Three outside of loops; three in the outer loop alone, 5 times; two in the inner one, 5 x 4 times."""
+    assert benchmark.warp_instructions(ASSEMBLY, (5, 4)) == 3 + 5 * 3 + 5 * 4 * 2
+
+
+def test_the_kernel_is_inspected_only_with_nvidias_tools(monkeypatch, capsys):
+    def no_compiler(*_):
+        raise OSError("libnvrtc.so is missing")
+    monkeypatch.setattr(benchmark.deform_attn, "compile_for_gpu", no_compiler)
+    with pytest.raises(SystemExit):
+        engine.run_script(benchmark.main, arguments=["kernel"])
+    assert "pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisasm" in capsys.readouterr().err

@@ -178,6 +178,10 @@ def test_classes_are_matched_by_name(trained, tmp_path, capsys):
             scores.append([measured[m] for m in ("AP", "AP50", "AP75")])
             by_class = {c["name"]: (c["objects"], c["AP"]) for c in measured["classes"]}
             scores[-1].append(sorted(by_class.items()))
+            results = json.loads((tmp_path / "out" / "results.json").read_text())
+            name_of = {c["id"]: c["name"] for c in json.loads(
+                (data / "annotations" / "instances_val.json").read_text())["categories"]}
+            scores[-1].append([(r["image_id"], name_of[r["category_id"]], r["score"]) for r in results])
             found = [ap for _, ap in by_class.values() if ap >= 0]
             assert sum(found) / len(found) == pytest.approx(measured["AP"])
     assert scores[0] == scores[1] and "matched by name" in capsys.readouterr().out

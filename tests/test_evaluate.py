@@ -17,6 +17,7 @@ from data import detection_set
 from engine import InputError
 from evaluate import best_boxes, coco_metrics, detect, load_detector, metric_library
 from extras.corruptions import corrupt_seeded
+from extras.released import released_layout
 from extras.shapes import SHAPES
 from extras.tables import METRICS
 from model import VARIANTS, Classifier, Detector
@@ -242,3 +243,26 @@ def test_mpc_and_rpc_by_hand(tmp_path):
     assert text.endswith("frost drawn, so not exactly comparable")
     args.frost_dir = tmp_path
     assert "frost drawn" not in evaluate.report_corruptions(state, None, args)
+
+
+def test_ap_of_each_class_with_its_number_of_objects():
+    """A class with two objects, one of them found: AP 0.5. One with a crowd region alone has no AP."""
+    box = {"image_id": 1, "bbox": [0, 0, 50, 50], "area": 2500}
+    objects = [dict(box, id=1, category_id=1, iscrowd=0), dict(box, id=2, category_id=2, iscrowd=1),
+               dict(box, id=3, category_id=1, iscrowd=0, bbox=[100, 0, 50, 50]),
+               dict(box, id=4, category_id=1, iscrowd=1, bbox=[0, 100, 50, 50])]
+    truth = {"images": [{"id": 1, "width": 200, "height": 200}], "annotations": objects,
+             "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]}
+    metrics, classes = evaluate.coco_metrics_by_class(truth, [dict(box, category_id=1, score=0.9)])
+    assert [(c["name"], c["objects"]) for c in classes] == [("cat", 2), ("dog", 0)]
+    # COCO samples precision at 101 recalls; 51 of them are at most 0.5.
+    assert [c["AP"] for c in classes] == [pytest.approx(51 / 101), -1] and metrics["AP"] == classes[0]["AP"]
+
+
+def test_the_released_layout_sees_images_one_by_one():
+    """Its GroupNorm sees the padding of a batch."""
+    model, sizes = released_layout(Detector(replace(VARIANTS["tiny"], queries=5), 8)).eval(), []
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    dataset, args = detection_set("shapes", "val", limit=3, image_size=64), Namespace(workers=0, amp="off")
+    detect(model, dataset, args, torch.device("cpu"), batch_size=2)
+    assert sizes == [1, 1, 1]

@@ -185,24 +185,27 @@ def cosine(epoch, epochs=4, warmup=1, top=0.02):
     ("--mixup 0 --cutmix 0", 4), ("--mixup 0.8 --cutmix 0", 3), ("--mixup 0 --cutmix 1", 4),
     ("--mixup 0.8 --cutmix 0 --repeats 3", 4)])
 def test_pre_training_follows_deits_recipe(mixing, micro_batch, tmp_path, monkeypatch):
-    """One step of four images an epoch; the incomplete batch is dropped."""
+    """Two steps of four images an epoch; the incomplete batch is dropped."""
     scores, smoothing = [0.1, 0.4, 0.3, 0.2], 0.1
     flags = (f"--micro-batch {micro_batch} --lr 0.02 --epochs 4 --batch-size 4 --weight-decay 0.5"
-             " --schedule cosine --warmup-epochs 1 --repeats 1 --augment flip --seed 7 --image-size 64"
-             f" --workers 0 --eval-every 1 --smoothing 0.1 {mixing}")
+             " --limit-train 9 --schedule cosine --warmup-epochs 1 --repeats 1 --augment flip --seed 7"
+             f" --image-size 64 --workers 0 --eval-every 1 --smoothing 0.1 {mixing}")
     model, last, best = run(pretrain, tmp_path, monkeypatch, flags, scores)
     items = [r for r in record if r[0] == "train"]
     inputs = [r[1] for r in record if r[0] == "model" and r[2]]
     draws = [r[3] for r in record if r[0] == "model" and r[2]]
-    assert len(items) == 16 and len(set(draws)) == len(draws)
+    assert len(items) == 32 and len(set(draws)) == len(draws)
     optimizer, shares, per_step = AdamW(model), [], math.ceil(4 / micro_batch)
-    for epoch in range(4):
-        batch = items[4 * epoch:4 * epoch + 4]
+    for step in range(8):
+        batch, epoch = items[4 * step:4 * step + 4], step // 2
         assert {e for _, e, _, _ in batch} == {epoch}
         a, b, c, d = (index for _, _, index, _ in batch)
-        assert a == b == c != d if "--repeats" in mixing else len({a, b, c, d}) == 4
+        if "--repeats" in mixing:
+            assert a == b != c == d if step % 2 else a == b == c != d
+        else:
+            assert len({a, b, c, d}) == 4
         raw = torch.stack([image for _, _, _, (image, _) in batch])
-        mixed = torch.cat(inputs[epoch * per_step:(epoch + 1) * per_step])
+        mixed = torch.cat(inputs[step * per_step:(step + 1) * per_step])
         targets, share = soft_targets(raw, mixed, [label for *_, (_, label) in batch], smoothing)
         shares.append(share)
         loss = -(targets * model(mixed).log_softmax(-1)).sum() / 4
@@ -210,12 +213,12 @@ def test_pre_training_follows_deits_recipe(mixing, micro_batch, tmp_path, monkey
         decayed = ("convs.weight", "sampling_offsets.weight", "class_head.weight")
         optimizer.step(model, gradients, lambda name: cosine(epoch),
                        lambda name: 0.5 if name.endswith(decayed) else 0)
-        if epoch == 1:
+        if step == 3:  # after the second epoch
             same_weights(model, best, 1e-6)
     same_weights(model, last, 1e-6)
     assert (best["scores"], last["scores"]) == ({"top1": 0.4}, {"top1": 0.2})
-    assert set(shares) == {1} if mixing == "--mixup 0 --cutmix 0" else len(set(shares)) == 4
-    assert len({tuple(r[2] for r in items[i:i + 4]) for i in range(0, 16, 4)}) > 1  # the order
+    assert set(shares) == {1} if mixing == "--mixup 0 --cutmix 0" else len(set(shares)) == 8
+    assert len({tuple(r[2] for r in items[i:i + 8]) for i in range(0, 32, 8)}) > 1  # the order
 
 
 def test_the_rates_of_stochastic_depth_and_dropout_reach_all_layers():
