@@ -21,7 +21,8 @@ SHARED = Path(os.environ.get("FPDETR_REFERENCE_DATA", ROOT.parent / "shared"))
 
 def run(folder, program, *flags):
     """Runs a program in a process of its own: run(tmp_path, "finetune.py", "--epochs", 1)."""
-    cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # results on a GPU differ in the last bits
+    # Results on a GPU differ in the last bits. Two threads on a busy machine are many times slower.
+    cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / program), *map(str, flags)]
     done = subprocess.run(command, cwd=folder, text=True, capture_output=True, env=cpu, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -206,12 +206,12 @@ def test_faults_of_the_program_keep_their_traceback(monkeypatch):
 
 # ------------------------------------------------------------------------------------ the surroundings
 
-def tiny_run(folder, *flags, shell="bash", before="", **variables):
+def tiny_run(folder, *flags, shell="bash", before=""):
     """A short fine-tuning in a process of its own, in a shell after the command `before`."""
     command = [sys.executable, str(ROOT / "finetune.py"), *map(str, flags), "--out", str(folder / "run"),
                *"--limit-val 2 --epochs 1 --queries 5 --device cpu".split()]
     return subprocess.run([*shell.split(), "-c", f"{before}\n{shlex.join(command)}"], cwd=folder, text=True,
-                          capture_output=True, timeout=200, env={**os.environ, **variables})
+                          capture_output=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_a_batch_needs_no_open_file_per_tensor(tmp_path):
@@ -239,7 +239,8 @@ def test_a_run_in_a_notebook_of_windows(tmp_path):
             "import engine, evaluate, finetune, pretrain, extras.benchmark, extras.claims\n"
             "sys.argv[1:] = '--limit-train 8 --limit-val 2 --epochs 1 --device cpu --out run'.split()\n"
             "engine.run_script(finetune.main)")
-    variables = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "WORLD_SIZE": "1"}
+    variables = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "WORLD_SIZE": "1",
+                 "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, **variables})
     assert done.returncode == 0, done.stderr
