@@ -1,6 +1,6 @@
-"""Tests deform_attn_kernel.cu: its GPU half in an emulator, its CPU half, and its compilation by NVRTC and
-nvcc where they are installed. The truth is the reference in float64, which test_deform_attn.py compares
-with a loop over pixels."""
+"""Tests deform_attn_kernel.cu: its GPU half in an emulator, its launch by a fake driver, its CPU half,
+and its compilation by NVRTC and nvcc where they are installed. The truth is the reference in float64,
+which test_deform_attn.py compares with a loop over pixels."""
 import contextlib
 import ctypes
 import math
@@ -218,8 +218,9 @@ class FakeGPU:
     def __init__(self, patch, folder, options=()):
         self.config = KernelConfig("sm_90", F32, F32, F32, 32, 2, 2, 4)
         path = folder / "libcuda.so"
-        subprocess.run([COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-D__CUDA_ARCH__=900", *options,
-                        *self.config.options(), ROOT / "tests" / "fake_driver.cpp", "-o", path], check=True)
+        command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-D__CUDA_ARCH__=900", *options,
+                   *self.config.options(), ROOT / "tests" / "fake_driver.cpp", "-o", path]
+        subprocess.run(command, check=True)
         self.driver = ctypes.CDLL(str(path))
         open_library = ctypes.CDLL
         patch.setattr(ctypes, "CDLL", lambda name, *rest: open_library(
