@@ -5,10 +5,12 @@
     python -m extras.benchmark finetune --data coco         training, with any flags of finetune.py
     python -m extras.benchmark pretrain --data imagenet     training, with any flags of pretrain.py
     python -m extras.benchmark hours                        FLOP, A100 hours and memory, by arithmetic
+    python -m extras.benchmark --gpu                        all that matters on a new GPU, in minutes
 
 `finetune` and `pretrain` also take --seconds, the length of a measurement (default 15). They build the
 same things as the stage's main() and call its train_step. Weights do not change the speed, so
---pretrained and --init are ignored. Nothing is written.
+--pretrained and --init are ignored. They write nothing. `--gpu` prints a page and writes it as JSON too.
+With --quick it takes a minute and also runs on a CPU, with small inputs: a check of the command itself.
 """
 import argparse
 import functools
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -61,10 +64,10 @@ def measure_operator(device: torch.device, repeats: int) -> None:
     if deform_attn.forced_path() == "reference":
         raise InputError("FPDETR_DEFORM_ATTN=reference leaves nothing to compare: unset it")
     print(device_name(device))
-    source = torch.empty(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device, repeats)
+    bandwidth = copy_bandwidth(device, repeats)
     print(f"copy: {bandwidth / 1e9:.0f} GB/s")
+    forward, both = call_microseconds(device)
+    print(f"a call on tiny inputs: forward {forward:.0f} us, forward and backward {both:.0f} us")
 
     config = deform_attn.KernelConfig(deform_attn.architecture(device), *[torch.float32] * 3,
                                       channels=32, heads=8, levels=4, points=4)
@@ -100,24 +103,61 @@ def measure_operator(device: torch.device, repeats: int) -> None:
                 print(f"{name:26} {path:22} {str(dtype)[6:]:9} {' '.join(columns)}", flush=True)
 
 
+def copy_bandwidth(device: torch.device, repeats: int) -> float:
+    """Returns the bytes per second that a plain copy reads and writes."""
+    source = torch.empty(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device, repeats)
+
+
+def call_microseconds(device: torch.device) -> tuple[float, float]:
+    """Returns how long Python takes for a forward pass, and for both passes, on tiny inputs."""
+    shapes = [(2, 2), (1, 1), (1, 1), (1, 1)]
+    sizes = (1, 7, 1, 8), (1, 1, 4, 2), (1, 1, 1, 4, 4, 2), (1, 1, 1, 4, 4)
+    value, references, offsets, logits = (torch.rand(size, device=device) for size in sizes)
+    leaves = [x.requires_grad_() for x in (value, offsets, logits)]
+    grad_output = torch.ones(1, 1, 8, device=device)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return deform_attn.ms_deform_attn(value, shapes, references, offsets, logits)
+
+    def forward_and_backward() -> tuple[Tensor, ...]:
+        output = deform_attn.ms_deform_attn(value, shapes, references, offsets, logits)
+        return torch.autograd.grad(output, leaves, grad_output)
+    results = []
+    for run in (forward, forward_and_backward):
+        times = []
+        for _ in range(500):
+            start = time.perf_counter()
+            run()  # on a GPU this returns when the kernel is launched
+            times.append(time.perf_counter() - start)
+        results.append(1e6 * statistics.median(times))
+    return results[0], results[1]
+
+
 def time_operator(function: Callable, height: int, width: int, M: int, C: int, B: int, extra: int,
-                  dtype: torch.dtype, device: torch.device, repeats: int) -> tuple[list, list]:
+                  dtype: torch.dtype, device: torch.device, repeats: int,
+                  cold: bool = False) -> tuple[list, list]:
     """Times an encoder layer's attention. All image tokens and `extra` tokens are queries.
+
+    cold: empty the caches before each run.
 
     Returns:
         seconds of the forward and of the backward pass; the bytes that each must read or write.
     """
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator(device).manual_seed(0)
+    random = partial(torch.randn, generator=g, device=device)
     shapes = [(math.ceil(height / stride), math.ceil(width / stride)) for stride in (8, 16, 32, 64)]
     centres = [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(-1)
                for h, w in shapes]
-    references = torch.cat([*centres, torch.rand(extra, 2, generator=g)])  # (Q, 2)
+    references = torch.cat([*centres, torch.rand(extra, 2)])  # (Q, 2)
     references = references[None, :, None].repeat(B, 1, 4, 1).to(device)  # (B, Q, 4, 2)
     S, Q = sum(h * w for h, w in shapes), references.shape[1]
-    value = torch.randn(B, S, M, C, generator=g).to(device, dtype).requires_grad_()
-    offsets = (3 * torch.randn(B, Q, M, 4, 4, 2, generator=g)).to(device, dtype).requires_grad_()
-    logits = torch.randn(B, Q, M, 4, 4, generator=g).to(device, dtype).requires_grad_()
-    grad_output = torch.randn(B, Q, M * C, generator=g).to(device, dtype)
+    value = random(B, S, M, C).to(dtype).requires_grad_()
+    offsets = (3 * random(B, Q, M, 4, 4, 2)).to(dtype).requires_grad_()
+    logits = random(B, Q, M, 4, 4).to(dtype).requires_grad_()
+    grad_output = random(B, Q, M * C).to(dtype)
 
     def forward() -> Tensor:
         return function(value, shapes, references, offsets, logits)
@@ -125,18 +165,24 @@ def time_operator(function: Callable, height: int, width: int, M: int, C: int, B
     def forward_and_backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(forward(), (value, offsets, logits), grad_output)
     with torch.no_grad():
-        first = median_seconds(forward, device, repeats)
-    both = median_seconds(forward_and_backward, device, repeats)
+        first = median_seconds(forward, device, repeats, cold)
+    both = median_seconds(forward_and_backward, device, repeats, cold)
     inputs = value.nbytes + offsets.nbytes + logits.nbytes
     once = inputs + references.nbytes + grad_output.nbytes  # the output is as large as its gradient
     return [first, both - first], [once, once + inputs]
 
 
-def median_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Returns the median time of run(). On GPUs a CUDA graph replays it, without Python's own time."""
+def median_seconds(run: Callable[[], object], device: torch.device, repeats: int,
+                   cold: bool = False) -> float:
+    """Returns the median time of run(). On GPUs a CUDA graph replays it, without Python's own time.
+
+    cold: write more than the caches hold before each run.
+    """
     times = []
+    more_than_caches = torch.empty(2**28 if cold else 0, dtype=torch.uint8, device=device)
     if device.type == "cpu":
         for _ in range(repeats + 1):  # the first one warms up
+            more_than_caches.zero_()
             start = time.perf_counter()
             run()
             times.append(time.perf_counter() - start)
@@ -150,6 +196,7 @@ def median_seconds(run: Callable[[], object], device: torch.device, repeats: int
         run()
     for _ in range(repeats + 3):  # the first three warm up
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        more_than_caches.zero_()
         start.record()
         graph.replay()
         end.record()
@@ -221,7 +268,7 @@ def print_kernel() -> None:
         generic = sum(use["generic"] for use in inspect_kernel(config).values())
         checks[f"{arch}: no generic access with 2 levels"] = generic == 0
     print(markdown("kernel", ("registers", "stack", "spilled bytes", "instructions"), rows))
-    print("instructions: of a warp, per sample of a query and head, when all corners are on the map")
+    print("Instructions are those of a warp, per sample of a query and head, with all corners on the map.")
     failed = [name for name, passed in checks.items() if not passed]
     print(*(f"FAILED: {name}" for name in failed), f"{len(checks) - len(failed)} of {len(checks)} checks "
           f"passed", sep="\n")
@@ -498,10 +545,220 @@ def activation_bytes(config: Config, checkpointing: bool, size: tuple[int, int] 
         return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+# --------------------------------------------------------------------------- a GPU, in one command
+
+COCO_IMAGES, EPOCHS = 118_287, 50
+MINUTES = 8  # at most. Two of them are kept for the training step
+# Multiprocessors, clock and slices of the second cache, by compute capability. The slices are assumed.
+GPU_LIMITS = {(8, 0): (108, 1.41e9, 80), (9, 0): (132, 1.755e9, 96)}
+GOALS = ("goals on an H100, in bfloat16 at 800 x 1344, per image: forward 80 us, backward 450 us; "
+         "training of Lite at 800 x 1333: 70 images/s")
+
+
+def measure_gpu(quick: bool, path: Path) -> None:
+    """Prints a page about this GPU, and writes it as JSON. quick: tiny sizes, also on a CPU."""
+    if not (quick or torch.cuda.is_available()):
+        raise InputError("torch sees no GPU: give --quick to try the command on a CPU")
+    if deform_attn.forced_path() == "reference":
+        raise InputError("FPDETR_DEFORM_ATTN=reference leaves nothing to compare: unset it")
+    start = time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = {"device": device_name(device), "quick": quick}
+    print(f"{device_name(device)}{', quick: the numbers mean nothing' if quick else ''}")
+    for name, measure in (("tests", run_gpu_tests), ("operator", measure_all_operators),
+                          ("training", measure_training_step)):
+        print(f"\n{name.upper()}", flush=True)
+        result[name] = {}
+        try:
+            measure(result[name], device, quick, start + 60 * (MINUTES - 2))
+        except Exception as e:  # whatever fails, the other parts are still worth their minutes
+            result[name]["error"] = f"{type(e).__name__}: {e}"
+            print(f"failed: {result[name]['error'][:400]}")
+    result["seconds"] = time.monotonic() - start
+    path.parent.mkdir(parents=True, exist_ok=True)
+    engine.write_json(path, result)
+    print(f"\n{GOALS}\n{result['seconds']:.0f} seconds; written to {path}")
+
+
+def run_gpu_tests(result: dict, device: torch.device, quick: bool, deadline: float) -> None:
+    """Runs the operator's tests on the GPU in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider",
+               "tests/test_deform_attn.py", "-k", "cuda or gpu"]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+                          timeout=180)
+    lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    print(*failed, lines[-1], sep="\n")
+    result.update(summary=lines[-1], failed=failed, exit_code=done.returncode)
+
+
+def measure_all_operators(result: dict, device: torch.device, quick: bool, deadline: float) -> None:
+    """Times the kernel with warm and cold caches, and the other ways to compute it."""
+    arch, f32 = deform_attn.architecture(device), torch.float32
+    problem = deform_attn.loading_error(deform_attn.KernelConfig(arch, f32, f32, f32, 32, 8, 4, 4))
+    if problem:
+        raise OSError(f"the kernel cannot be loaded: {problem}")
+    repeats = 1 if quick else 20
+    ways = {"kernel": deform_attn.ms_deform_attn, "cold": deform_attn.ms_deform_attn,
+            "reference": deform_attn.ms_deform_attn_reference, **public_operators(device)}
+    bandwidth, call = copy_bandwidth(device, repeats), call_microseconds(device)
+    print(f"{arch}; copy: {bandwidth / 1e9:.0f} GB/s; a call on tiny inputs: forward {call[0]:.0f} us, "
+          f"forward and backward {call[1]:.0f} us")
+    result.update(architecture=arch, copy_bytes_per_second=bandwidth, call_microseconds=call, rows=[])
+    sizes = ((64, 96, 300), (32, 32, 1)) if quick else ((800, 1344, 300), (224, 224, 1))
+    # The rows that matter most come first.
+    cases = [(size, variant, batch, dtype) for batch in ((1,) if quick else (1, 2, 4, 8))
+             for size in sizes for variant in (("lite", 8, 32), ("base", 10, 48))
+             for dtype in (torch.bfloat16, torch.float32)]
+    table = []
+    for (height, width, extra), (variant, heads, channels), batch, dtype in cases:
+        if time.monotonic() > deadline:
+            print(f"the last {len(cases) - len(table)} rows would take too long")
+            break
+        case = height, width, heads, channels, batch, extra, dtype, device
+        row = {"variant": variant, "height": height, "width": width, "batch": batch,
+               "dtype": str(dtype)[6:], "seconds": {}}
+        for name, function in ways.items():
+            try:
+                row["seconds"][name], moved = time_operator(function, *case, repeats, name == "cold")
+                row["bounds"] = [max(n / bandwidth, t) for n, t in zip(moved, gpu_limits(*case))]
+            except RuntimeError as e:  # too little memory, or a dtype that it does not know
+                row["seconds"][name] = None
+                print(f"{name}, {variant}, batch {batch}, {row['dtype']}: {str(e).splitlines()[0][:80]}")
+        result["rows"].append(row)
+        table.append((f"{variant}, {height} x {width}, batch {batch}, {row['dtype']}", row_cells(row)))
+    header = [title for direction in ("forward", "backward")
+              for title in (direction, "of bound", *list(ways)[1:])]
+    print("Microseconds per image: the kernel with warm and with cold caches, and other operators.\n"
+          "Of bound: the time that the hardware needs at least, of the time with warm caches.")
+    print(markdown("kernel", tuple(header), table))
+
+
+def row_cells(row: dict) -> tuple[str, ...]:
+    """Returns the columns of a row of measure_all_operators."""
+    texts = []
+    for direction in (0, 1):
+        for name, seconds in row["seconds"].items():
+            if seconds is None:
+                texts += ["-"] * (1 + (name == "kernel"))
+                continue
+            texts.append(f"{1e6 * seconds[direction] / row['batch']:.0f}")
+            if name == "kernel":
+                texts.append(f"{row['bounds'][direction] / seconds[direction]:.0%}")
+    return tuple(texts)
+
+
+def gpu_limits(height: int, width: int, M: int, C: int, B: int, extra: int, dtype: torch.dtype,
+               device: torch.device) -> tuple[float, float]:
+    """Returns the seconds that loads and atomics take at least, if all loads hit the first cache.
+
+    A multiprocessor loads 128 bytes per clock. A slice of the second cache adds to 32 bytes per clock.
+    """
+    limits = GPU_LIMITS.get(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+    if limits is None:
+        return 0.0, 0.0
+    processors, clock, slices = limits
+    queries = sum(math.ceil(height / s) * math.ceil(width / s) for s in (8, 16, 32, 64)) + extra
+    channels = B * queries * M * 16 * 4 * C  # 16 samples of 4 corners
+    return channels * dtype.itemsize / (128 * processors * clock), channels * 4 / (32 * slices * clock)
+
+
+def measure_training_step(result: dict, device: torch.device, quick: bool, deadline: float) -> None:
+    """Times Lite's training step by parts. Data are random, so loading is not part of it."""
+    height, width, repeats = (64, 96, 1) if quick else (800, 1333, 10)
+    arguments = ["--data", "coco", "--variant", "lite", "--device", device.type]
+    args = finetune.parse(arguments)
+    engine.setup(args)
+    torch.manual_seed(0)
+    model = Detector(replace(VARIANTS["lite"], dropout=args.dropout), 80).to(device).train()
+    args.lr = 0.0
+    optimizer = finetune.build_optimizer(model, args)
+    result.update(amp=args.amp, height=height, width=width, batches=[])
+    for batch_size in ((1,) if quick else (2, 4, 8, 16)):
+        images = torch.rand(batch_size, 3, height, width)
+        mask = torch.zeros(batch_size, height, width, dtype=torch.bool)
+        targets = [{"labels": torch.randint(80, (7,)), "boxes": torch.rand(7, 4) / 2 + 0.1}
+                   for _ in range(batch_size)]
+        batch = [finetune.to_device(images, mask, targets, device)]
+        try:
+            row = time_training_step(model, optimizer, batch, args, device, repeats)
+        except torch.OutOfMemoryError:
+            print(f"batch {batch_size} does not fit into memory")
+            break
+        row["batch"] = batch_size
+        row["hours"] = COCO_IMAGES * EPOCHS / row["images_per_second"] / 3600
+        result["batches"].append(row)
+        parts = ", ".join(f"{name} {1000 * seconds:.1f}" for name, seconds in row["parts"].items())
+        memory = "unknown" if row["peak_gib"] is None else f"{row['peak_gib']:.2f} GiB"
+        print(f"Lite, {height} x {width}, --amp {args.amp}, batch {batch_size}: "
+              f"{row['images_per_second']:.2f} images/s, {EPOCHS} epochs of COCO in "
+              f"{row['hours']:.1f} hours\n  milliseconds: {parts}; peak memory {memory}; "
+              f"{row['syncs']} host syncs per step", flush=True)
+
+
+def time_training_step(model: Detector, optimizer: torch.optim.Optimizer, batch: list,
+                       args: argparse.Namespace, device: torch.device, repeats: int) -> dict:
+    """Times train_step as it is, then a copy of it that waits after every part."""
+    def wait() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def step() -> None:
+        finetune.train_step(model, optimizer, batch, args, device)
+    for _ in range(3 if repeats > 1 else 1):
+        step()  # allocates memory
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = wait()
+    for _ in range(repeats):
+        step()
+    seconds = (wait() - start) / repeats
+
+    (images, mask, targets), parts = batch[0], {}
+    start = wait()
+
+    def end_of(part: str) -> None:
+        nonlocal start
+        now = wait()
+        parts[part] = now - start
+        start = now
+    optimizer.zero_grad(set_to_none=True)
+    with engine.autocast(args, device):
+        outputs = model(images, mask)
+    end_of("forward")
+    loss = sum(finetune.detection_loss(outputs, targets).values())
+    end_of("matching and loss")
+    loss.backward()
+    end_of("backward")
+    torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+    optimizer.step()
+    end_of("clipping and AdamW")
+    return {"images_per_second": len(images) / seconds, "seconds": seconds, "parts": parts,
+            "peak_gib": peak_gib(device), "syncs": count_host_syncs(step, device)}
+
+
+def count_host_syncs(step: Callable[[], None], device: torch.device) -> int:
+    """Counts how often Python waits for the GPU in a step."""
+    if device.type == "cpu":
+        return 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in caught)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=engine.Help)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--gpu", action="store_true", help="measure all that matters on a new GPU")
+    parser.add_argument("--quick", action="store_true", help="with --gpu: tiny sizes, also on a CPU")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu.json"), help="JSON file of --gpu")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     operator = commands.add_parser("operator", help="deformable attention", allow_abbrev=False,
                                    formatter_class=engine.Help)
     operator.add_argument("--device", choices=("cpu", "cuda"), help="where to compute",
@@ -515,6 +772,8 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser("kernel", allow_abbrev=False, help="what the GPU kernel needs, without a GPU")
     commands.add_parser("hours", allow_abbrev=False, help="FLOP, A100 hours and memory, by arithmetic")
     args, others = parser.parse_known_args(arguments)
+    if args.gpu == (args.command is not None):
+        parser.error("give either a command or --gpu")
     if args.command in ("finetune", "pretrain"):
         return measure_training(args.command, others, args.seconds)
     if others:
@@ -523,6 +782,8 @@ def main(arguments: list[str] | None = None) -> None:
         return print_hours()
     if args.command == "kernel":
         return print_kernel()
+    if args.gpu:
+        return measure_gpu(args.quick, args.out)
     measure_operator(engine.setup(args), args.repeats)
 
 

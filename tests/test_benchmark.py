@@ -3,11 +3,13 @@ import importlib
 import json
 import sys
 import time
+import warnings
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import deform_attn
 import engine
 from conftest import deform_attn_inputs
 from deform_attn import ms_deform_attn_reference
@@ -132,6 +134,7 @@ def test_every_way_to_compute_the_operator_is_timed(capsys):
     for path, rows in expected.items():
         assert sum(path in line for line in table) == rows
     assert "compilation: " in out and "loading from the cache: " in out
+    assert "a call on tiny inputs: forward " in out
 
 
 def test_the_common_formulation_computes_the_same():
@@ -144,6 +147,9 @@ def test_the_common_formulation_computes_the_same():
 
 @pytest.mark.parametrize("arguments, says", [
     (["operator"], "FPDETR_DEFORM_ATTN=reference leaves nothing to compare"),
+    (["--gpu", "--quick"], "FPDETR_DEFORM_ATTN=reference leaves nothing to compare"),
+    (["--gpu", "hours"], "give either a command or --gpu"),
+    ([], "give either a command or --gpu"),
     (["operator", "--rep", "1"], "unrecognized arguments: --rep 1"),
     (["hours", "--fast"], "unrecognized arguments: --fast"),
     (["finetune", "--sec", "1"], "unrecognized arguments: --sec"),
@@ -158,32 +164,130 @@ def test_bad_input_ends_in_one_line(monkeypatch, capsys, arguments, says):
     assert stop.value.code == 2 and "error: " in last and says in last
 
 
-ASSEMBLY = """
+LOOPS = """
 .text.ms_deform_attn_forward:
-        /*0000*/ MOV R1, c[0x0][0x28] ;
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   LDG.E.128 R4, [R2.64] ;
 .L_x_1:
-        /*0010*/ LDG.E.128 R4, [R2] ;
-        /*0020*/ FFMA R5, R5, R6, R7 ;
-.L_x_2:
-        /*0030*/ NOP ;
-        /*0040*/ SHFL.BFLY R8, R5, 0x1 ;
-        /*0050*/ @P0 BRA `(.L_x_2) ;
-        /*0060*/ @P1 BRA `(.L_x_1) ;
-        /*0070*/ @P2 BRA `(.L_x_3) ;
+        /*0020*/                   FFMA R4, R5, R6, R4 ;
+        /*0030*/                   FFMA R4, R5, R6, R4 ;
+        /*0040*/              @!P1 BRA `(.L_x_1) ;
+        /*0050*/               @P2 BRA `(.L_x_3) ;
+        /*0060*/              @!P0 BRA `(.L_x_0) ;
 .L_x_3:
-        /*0080*/ EXIT ;
+        /*0070*/                   EXIT ;
+.L_x_2:
+        /*0080*/                   BRA `(.L_x_2);
+        /*0090*/                   NOP;
 """
 
 
-def test_instructions_of_loops_are_counted_as_often_as_they_run():
-    """Three outside of loops; three in the outer loop alone, 5 times; two in the inner one, 5 x 4 times."""
-    assert benchmark.warp_instructions(ASSEMBLY, (5, 4)) == 3 + 5 * 3 + 5 * 4 * 2
+def test_instructions_in_loops_count_once_per_trip():
+    """3 outside of loops, one of them the endless loop behind the end; 3 in a loop; 3 in a loop in it."""
+    assert benchmark.warp_instructions(LOOPS, (5, 7)) == 3 + 5 * (3 + 7 * 3)
 
 
-def test_the_kernel_is_inspected_only_with_nvidias_tools(monkeypatch, capsys):
-    def no_compiler(*_):
-        raise OSError("libnvrtc.so is missing")
-    monkeypatch.setattr(benchmark.deform_attn, "compile_for_gpu", no_compiler)
+def needs_compiler_and_disassembler():
+    try:
+        deform_attn.nvrtc_library()
+        benchmark.disassemble(b"")
+    except OSError as e:
+        if "cannot open" in str(e) or "No such file" in str(e):
+            pytest.skip(f"pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisasm: {e}")
+
+
+def test_gpu_kernel_needs_few_registers_and_spills_none(capsys):
+    needs_compiler_and_disassembler()
+    benchmark.main(["kernel"])
+    table = capsys.readouterr().out.splitlines()
+    assert len([line for line in table if line.startswith("| sm_")]) == 24
+    assert table[-1] == "45 of 45 checks passed"
+
+
+def test_a_kernel_that_fails_a_check_is_named(monkeypatch, capsys):
+    fine = {"registers": 64, "stack": 0, "spills": 0, "instructions": 9.5, "narrow stores": 0,
+            "generic": 0}
+
+    def inspect(config):
+        spilled = config.arch == "sm_90" and config.channels == 48 and config.levels == 4
+        return {"forward": fine, "backward": {**fine, "spills": 8 * spilled}}
+    monkeypatch.setattr(benchmark, "inspect_kernel", inspect)
+    with pytest.raises(SystemExit):
+        benchmark.main(["kernel"])
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
+    assert failed == [f"FAILED: sm_90, {dtype}, C 48, backward: no register is spilled"
+                      for dtype in ("float32", "bfloat16")]
+
+
+def test_a_machine_without_nvrtc_is_told_what_to_install(monkeypatch, capsys):
+    def no_library():
+        raise OSError("libnvrtc.so: cannot open shared object file")
+    monkeypatch.setattr(deform_attn, "nvrtc_library", no_library)
     with pytest.raises(SystemExit):
         engine.run_script(benchmark.main, arguments=["kernel"])
     assert "pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisasm" in capsys.readouterr().err
+
+
+def test_one_command_for_a_gpu_runs_to_its_end_on_a_cpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "new" / "gpu.json"
+    benchmark.main(["--gpu", "--quick", "--out", str(path)])
+    page, result = capsys.readouterr().out, json.loads(path.read_text())
+    assert not any("error" in result[part] for part in ("tests", "operator", "training")), page
+    assert result["tests"]["exit_code"] == 0 and " skipped" in result["tests"]["summary"]
+    rows = result["operator"]["rows"]
+    assert len(rows) == 8 and page.count("batch 1, bfloat16") == page.count("batch 1, float32") == 4
+    for row in rows:
+        assert set(row["seconds"]) == {"kernel", "cold", "reference"}
+        assert all(forward > 0 for forward, _ in row["seconds"].values())
+        assert f"{1e6 * row['seconds']['reference'][0]:.0f} |" in page
+    step, = result["training"]["batches"]
+    parts = step["parts"]
+    assert list(parts) == ["forward", "matching and loss", "backward", "clipping and AdamW"]
+    assert step["images_per_second"] * step["seconds"] == pytest.approx(1)
+    assert step["hours"] == pytest.approx(118_287 * 50 * step["seconds"] / 3600)
+
+
+def test_the_other_parts_run_when_one_fails(tmp_path, monkeypatch, capsys):
+    def broken(*arguments):
+        raise RuntimeError("CUDA error: no luck")
+
+    def fine(result, *arguments):
+        result["rows"] = []
+    monkeypatch.setattr(benchmark, "run_gpu_tests", broken)
+    monkeypatch.setattr(benchmark, "measure_all_operators", fine)
+    monkeypatch.setattr(benchmark, "measure_training_step", fine)
+    benchmark.main(["--gpu", "--quick", "--out", str(tmp_path / "gpu.json")])
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert result["tests"] == {"error": "RuntimeError: CUDA error: no luck"}
+    assert result["operator"] == result["training"] == {"rows": []}
+    assert "failed: RuntimeError: CUDA error: no luck" in capsys.readouterr().out
+
+
+def test_without_a_gpu_only_quick_is_accepted(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        engine.run_script(benchmark.main, arguments=["--gpu"])
+    assert "torch sees no GPU: give --quick" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("capability, loads, atomics", [
+    ((8, 0), 76e-6, 411e-6), ((9, 0), 50e-6, 275e-6)])
+def test_limits_of_an_a100_and_an_h100(monkeypatch, capability, loads, atomics):
+    """Lite at 800 x 1344, float32: 2.90 million samples, whose corners have 1.483 GB."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    got = benchmark.gpu_limits(800, 1344, 8, 32, 1, 300, torch.float32, torch.device("cuda"))
+    assert got == pytest.approx((loads, atomics), rel=0.01)
+
+
+def test_host_syncs_are_counted(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def step():
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert benchmark.count_host_syncs(step, torch.device("cuda")) == 3
+    assert modes == ["warn", "default"]
