@@ -17,7 +17,8 @@
 // CUDA in brief: a GPU runs a function marked __global__ in very many threads. blockIdx and threadIdx
 // tell a thread which one it is. 32 threads are a warp: they execute the same instruction at a time.
 // __shfl_sync(~0u, x, j, LANES) divides a warp into groups of LANES threads, called lanes. It returns
-// the x of lane j of the own group. __shfl_xor_sync returns the x of lane (own number ^ step).
+// the x of lane j of the caller's group, __shfl_xor_sync that of lane (caller's number ^ step).
+// A template is C code that is compiled for constants: template <int VEC, int LANES> for these two.
 //
 // deform_attn.py compiles this text with NVRTC for GPUs and with the system's C++ compiler for CPUs. The
 // tests run the GPU half on a CPU, too. Every build fixes, by -D options:
@@ -209,8 +210,8 @@ template <int VEC> DEVICE void store_row(VALUE_T *to, const real (&x)[VEC]) {
         UNROLL for (int c = 0; c < VEC; c++) store(to[c], x[c]);
 }
 
-// Computes to += w * row. On a GPU other groups may be adding to the same token. From sm_90 on, one
-// instruction adds 16 bytes.
+// Computes to += w * row. atomicAdd allows other threads to add to the same token at the same time. From
+// sm_90 on, one instruction adds 16 bytes.
 template <int VEC> DEVICE void add(real *to, real w, const Row<VEC> &row) {
 #if ON_GPU && __CUDA_ARCH__ >= 900
     if constexpr (VEC == 4 && sizeof(real) == 4)
