@@ -4,7 +4,11 @@
 //   a = softmax(logit[b, q, m]), v_i = value_l[b, :, :, m] at reference * (W_l, H_l) + offset_i - 0.5
 //
 // Between pixels v_i is bilinear, outside the map zero: as in grid_sample with align_corners=False.
-// Softmax and places are computed here, in registers. No tensor ever holds them.
+// Softmax and places are computed here, in registers. No tensor ever holds them. (In the code the softmax
+// weight is called weight, and a is the Arguments.)
+//
+// B images, Q queries, M heads of C channels, L levels of P samples each. A token is one pixel of one
+// level. S is the number of tokens of all levels. value holds them level by level, row by row.
 //
 // How to read this file, in five steps:
 //   1. forward() as a CPU runs it, with LANES = 1 and VEC = C: one thread computes one pair. It calls
@@ -16,8 +20,9 @@
 //
 // CUDA in brief: a GPU runs a function marked __global__ in very many threads. blockIdx and threadIdx
 // tell a thread which one it is. 32 threads are a warp: they execute the same instruction at a time.
-// __shfl_sync(~0u, x, j, LANES) divides a warp into groups of LANES threads, called lanes. It returns
-// the x of lane j of the caller's group, __shfl_xor_sync that of lane (caller's number ^ step).
+// A shuffle lets threads of a warp read each other's registers. It works in groups of LANES threads. A
+// thread's number in its group is its lane. __shfl_sync(~0u, x, j, LANES) returns the x of lane j,
+// __shfl_xor_sync(~0u, x, step, LANES) that of lane (own lane ^ step). ~0u: the whole warp takes part.
 // A template is C code that is compiled for constants: template <int VEC, int LANES> for these two.
 //
 // deform_attn.py compiles this text with NVRTC for GPUs and with the system's C++ compiler for CPUs. The
@@ -25,7 +30,8 @@
 //   CHANNELS HEADS LEVELS POINTS   C, M, L, P
 //   VALUE_T OFFSET_T LOGIT_T       what memory holds: float, bf16, fp16 or double
 //   REAL                           what is computed in: float, or double for doubles
-//   FORWARD_VEC FORWARD_LANES BACKWARD_VEC BACKWARD_LANES   LANES divides C / VEC and L * P
+//   FORWARD_VEC FORWARD_LANES BACKWARD_VEC BACKWARD_LANES   for GPUs; a CPU has C and 1
+// LANES is 1, 2, 4 or 8, and divides C / VEC and L * P.
 //
 // Only the gradient of value on a GPU changes from run to run: atomics sum it in any order.
 #if defined(__CUDACC__) || defined(GPU_EMULATOR)
@@ -48,7 +54,7 @@ using std::exp, std::floor;  // C's would compute in double
 typedef long long i64;
 typedef REAL real;
 const int SAMPLES = LEVELS * POINTS;
-const i64 TOKEN = HEADS * CHANNELS;
+const i64 TOKEN_SIZE = HEADS * CHANNELS;  // elements from one token of value to the next
 
 // -------------------------------------------------------------------------------------- 16-bit storage
 struct bf16 { unsigned short bits; };
@@ -133,12 +139,13 @@ DEVICE void softmax(const LOGIT_T *logit, int lane, real (&weight)[SAMPLES / LAN
 
 // --------------------------------------------------------------------------------------------- samples
 struct Sample {
-    int at;  // 16 * (token of the upper left corner) + a bit for each of the four corners on the map
-    real fx, fy, weight;  // fx, fy: how far right of and below this corner, 0 to 1
+    int at;  // 16 * (token of the upper left corner) + a bit for each corner on the map: one shuffle
+    real fx, fy;  // how far right of and below this corner, 0 to 1
+    real weight;  // of the softmax
 };
 
-// Computes where sample i of a pair lies. The place is first clamped to just outside the map, so that
-// far, infinite and NaN offsets (no comparison with NaN is true) touch no memory.
+// Computes where sample i of a pair lies. x is first clamped to -2 and W + 1, y to -2 and H + 1, where no
+// corner is on the map. So far and infinite offsets touch no memory, nor does NaN, which becomes -2.
 DEVICE Sample place(const Arguments &a, i64 query, i64 pair, int i, real weight) {
     const int level = i / POINTS, H = a.height[level], W = a.width[level];
     const real *reference = a.reference + (query * LEVELS + level) * 2;
@@ -157,7 +164,7 @@ DEVICE Sample place(const Arguments &a, i64 query, i64 pair, int i, real weight)
 struct Corners {  // upper left, upper right, lower left, lower right
     bool on_map[4];
     int token[4];
-    real weight[4];
+    real weight[4];  // of the softmax, times that of the corner
 };
 
 // Returns the corners of sample i, which lane j has prepared.
@@ -173,7 +180,8 @@ template <int LANES> DEVICE Corners corners(const Arguments &a, const Sample &mi
 
 // -------------------------------------------------------------------------------------------- channels
 // Row: VEC channels of a token. A GPU loads them by one instruction, as zeros if the token is not on the
-// map. This takes no branch, so many loads run together. A CPU branches, and loads when it computes.
+// map. This takes no branch, so many loads run together. On a CPU, forward() and backward() skip corners
+// off the map, and Row is only a pointer: row[c] loads one channel.
 #if ON_GPU
 template <typename T, int VEC> struct alignas(sizeof(T) * VEC) Packed {
     T x[VEC];
@@ -198,7 +206,8 @@ template <int VEC> struct Row {
 template <int VEC> DEVICE Row<VEC> load(const VALUE_T *from, bool) { return {from}; }
 #endif
 
-// Stores VEC channels: on a GPU by one instruction, past the cache, which is for the values.
+// Stores VEC channels, on a GPU 16 bytes (a uint4) by one instruction. __stcs makes the cache drop them
+// first: its room is for the values.
 template <int VEC> DEVICE void store_row(VALUE_T *to, const real (&x)[VEC]) {
 #if ON_GPU
     if constexpr (sizeof(VALUE_T) * VEC == 16) {
@@ -236,7 +245,7 @@ template <int VEC, int LANES> DEVICE void forward(const Arguments &a, i64 b, i64
             UNROLL for (int k = 0; k < 4; k++)
                 if (ON_GPU || at.on_map[k])
                     UNROLL for (int part = 0; part < PARTS; part++) {
-                        const VALUE_T *from = value + at.token[k] * TOKEN + part * STEP;
+                        const VALUE_T *from = value + at.token[k] * TOKEN_SIZE + part * STEP;
                         const Row<VEC> v = load<VEC>(from, at.on_map[k]);
                         UNROLL for (int c = 0; c < VEC; c++) out[part][c] += at.weight[k] * v[c];
                     }
@@ -250,6 +259,7 @@ template <int VEC, int LANES> DEVICE void forward(const Arguments &a, i64 b, i64
 // With g the gradient of the output, and w_k, v_k, d_k = g . v_k of corner k of a sample of weight a:
 //   grad v_k += a w_k g      grad a = sum_k w_k d_k      grad (x, y) = a sum_k (dw_k/dx, dw_k/dy) d_k
 //   grad logit_i = a_i (grad a_i - sum_j a_j grad a_j)
+// grad a interpolates d_k as v_i does v_k. The sums of dw_k d_k are its slopes. mean is the last sum.
 // Adds to the gradient of value, and computes the gradients of this lane's samples.
 template <int VEC, int LANES> DEVICE void backward(const Arguments &a, i64 b, i64 q, int m, int lane) {
     const int ROUNDS = SAMPLES / LANES, PARTS = CHANNELS / VEC / LANES, STEP = VEC * LANES;
@@ -271,7 +281,7 @@ template <int VEC, int LANES> DEVICE void backward(const Arguments &a, i64 b, i6
                 real dot = 0;
                 if (ON_GPU || at.on_map[k])
                     UNROLL for (int part = 0; part < PARTS; part++) {
-                        const VALUE_T *from = value + at.token[k] * TOKEN + part * STEP;
+                        const VALUE_T *from = value + at.token[k] * TOKEN_SIZE + part * STEP;
                         const Row<VEC> v = load<VEC>(from, at.on_map[k]);
                         UNROLL for (int c = 0; c < VEC; c++) dot += g[part][c] * v[c];
                     }
@@ -280,7 +290,7 @@ template <int VEC, int LANES> DEVICE void backward(const Arguments &a, i64 b, i6
             }
             UNROLL for (int k = 0; k < 4; k++)  // a loop of its own, so that no load waits for an atomic
                 if (at.on_map[k]) {
-                    real *to = grad_value + at.token[k] * TOKEN;
+                    real *to = grad_value + at.token[k] * TOKEN_SIZE;
                     UNROLL for (int part = 0; part < PARTS; part++)
                         add<VEC>(to + part * STEP, at.weight[k], g[part]);
                 }
@@ -300,8 +310,9 @@ template <int VEC, int LANES> DEVICE void backward(const Arguments &a, i64 b, i6
 // ---------------------------------------------------------------------------------------- entry points
 #if ON_GPU
 // A block is 128 threads for consecutive queries of one head. They look at the same neighbourhood, so
-// the cache serves most loads. The grid is (enough for Q, M, at most B). __grid_constant__ keeps the
-// compiler from copying the arguments. Shuffles do not wait for threads that have returned.
+// the cache serves most loads. blockIdx.x counts blocks of queries, y heads, and z images, of which a
+// thread may take several. __grid_constant__ keeps the compiler from copying the arguments. Threads
+// without a query return early: shuffles do not wait for them.
 #define KERNEL extern "C" __global__ void __launch_bounds__(128)
 KERNEL ms_deform_attn_forward(const __grid_constant__ Arguments a) {
     const i64 thread = i64(blockIdx.x) * 128 + threadIdx.x, q = thread / FORWARD_LANES;
@@ -323,6 +334,7 @@ extern "C" void ms_deform_attn_forward(const Arguments &a) {
             for (int m = 0; m < HEADS; m++) forward<CHANNELS, 1>(a, b, q, m, 0);
 }
 extern "C" void ms_deform_attn_backward(const Arguments &a) {
+// By images and heads, so that no two threads add to the same grad_value.
 #pragma omp parallel for collapse(2) num_threads(a.threads)
     for (i64 b = 0; b < a.B; b++)
         for (int m = 0; m < HEADS; m++)

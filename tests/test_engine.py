@@ -215,8 +215,8 @@ def tiny_run(folder, *flags, shell="bash", before=""):
 
 
 def test_a_batch_needs_no_open_file_per_tensor(tmp_path):
-    done = tiny_run(tmp_path, *"--limit-train 40 --batch-size 40 --micro-batch 1 --workers 1".split(),
-                    before="ulimit -n 100")
+    done = tiny_run(tmp_path, *"--limit-train 30 --batch-size 30 --micro-batch 1 --workers 1".split(),
+                    before="ulimit -n 90")
     assert done.returncode == 0, done.stderr
 
 
