@@ -235,7 +235,7 @@ def test_full_shared_memory_is_one_line(tmp_path):
 def test_a_run_in_a_notebook_of_windows(tmp_path):
     """Without the modules that exist only on Unix, and with variables that other programs set."""
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-            "for name in ('fcntl', 'resource', 'pwd', 'grp', 'termios'): sys.modules[name] = None\n"
+            "for name in ('fcntl', 'resource', 'grp', 'termios'): sys.modules[name] = None\n"
             "import engine, evaluate, finetune, pretrain, extras.benchmark, extras.claims\n"
             "sys.argv[1:] = '--limit-train 8 --limit-val 2 --epochs 1 --device cpu --out run'.split()\n"
             "engine.run_script(finetune.main)")
