@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 from engine import InputError, note
 from extras import augment, cityscapes, shapes
 from extras.cityscapes import cityscapes_to_coco  # noqa: F401 (public here)
+from extras.shapes import EMBEDDED_SETS
 
 # ------------------------------------------------------------------------------------- images and boxes
 
@@ -465,8 +466,8 @@ def read_annotations(source: Path | dict, limit: int | None = None) -> tuple[Ann
 
 
 def check_convention(boxes: np.ndarray, sizes: np.ndarray, file: Path | str) -> None:
-    """Raises InputError if boxes (m, 4), which should be x, y, w, h in pixels, look like corners, centres or
-    shares of the image. sizes: (m, 2), of their images. Measured on 7,500 boxes of two real sets: none
+    """Raises InputError if boxes (m, 4), which should be x, y, w, h in pixels, look like corners, centres
+    or shares of the image. sizes: (m, 2), of their images. Measured on 7,500 boxes of two real sets: none
     leaves its image by more than a pixel, or has a side below one. Of centres 29 % leave the image, of
     corners 75 %."""
     has_area = (boxes[:, 2:] > 0).all(1)
@@ -572,7 +573,7 @@ def detection_set(data: str, split: str, root: str | None = None, limit: int | N
         InputError: it is missing (the message says what to download and where it goes) or malformed.
     """
     options = dict(name=f"{data} {split}", transform=Transform(image_size, augment), seed=seed)
-    if data in shapes.EMBEDDED_SETS:
+    if data in EMBEDDED_SETS:
         pictures, truth = shapes.detection_pictures(data, split, limit)
         return DetectionSet(read_annotations(truth)[0], pictures, **options)
     if data == "cityscapes":
@@ -711,7 +712,7 @@ def classification_set(data: str, split: str, root: str | None = None, limit: in
     """The set that `--data` names, see CLASSIFICATION_DATA. split: "train" or "val". root: the folder of
     `imagenet` or `imagenet21k`, data/NAME by default. augment: of `classification_transform`."""
     options = dict(name=f"{data} {split}", image_size=image_size, augment=augment, seed=seed)
-    if data in shapes.EMBEDDED_SETS:
+    if data in EMBEDDED_SETS:
         pictures, labels = shapes.classification_pictures(data, split, limit)
         return ClassificationSet(pictures, labels, list(shapes.SHAPES), **options)
     folder = Path(root or f"data/{data}") if data in IMAGENET_FOLDERS else Path(data)

@@ -310,9 +310,9 @@ template <int VEC, int LANES> DEVICE void backward(const Arguments &a, i64 b, i6
 // ---------------------------------------------------------------------------------------- entry points
 #if ON_GPU
 // A block is 128 threads for consecutive queries of one head. They look at the same neighbourhood, so
-// the cache serves most loads. blockIdx.x counts blocks of queries, y heads, and z images, of which a
-// thread may take several. __grid_constant__ keeps the compiler from copying the arguments. Threads
-// without a query return early: shuffles do not wait for them.
+// the cache serves most loads. blockIdx.x counts blocks of queries, y heads, and z images (at most 65535,
+// so a thread may take several). __grid_constant__ keeps the compiler from copying the arguments.
+// Threads without a query return early: shuffles do not wait for them.
 #define KERNEL extern "C" __global__ void __launch_bounds__(128)
 KERNEL ms_deform_attn_forward(const __grid_constant__ Arguments a) {
     const i64 thread = i64(blockIdx.x) * 128 + threadIdx.x, q = thread / FORWARD_LANES;

@@ -76,8 +76,8 @@ def run_script(main: Callable, **options) -> None:
         text = f"error: {str(e).splitlines()[-1].rpartition('InputError: ')[2]}"
     except RuntimeError as e:
         if "DataLoader worker" in str(e) and ("killed" in str(e) or "exited" in str(e)):
-            text = (f"error: {str(e).splitlines()[0]}: if memory was short, give fewer --workers; --resume "
-                    f"goes on from the last checkpoint")
+            text = (f"error: {str(e).splitlines()[0]}: if memory was short, give fewer --workers; "
+                    f"--resume goes on from the last checkpoint")
         elif isinstance(e, dist.DistError) or "gloo" in str(e):  # gloo raises plain RuntimeErrors
             text = (f"error: process {rank()} lost contact with another one, which printed its reason; "
                     f"--resume goes on")
@@ -132,8 +132,8 @@ positive, natural = number(int, 1), number(int, 0)
 seed_number = number(int, 0, 2**32)
 fraction, rate = number(float, 0, 1), number(float, 0)
 
-# Flags of the machine and the run folder. They may change with --resume. All others are the recipe. (Also
-# --epochs may change, but not below the epochs begun.)
+# Flags of the machine and the run folder. They may change with --resume. All others are the recipe.
+# (--epochs may change too, but not below the epochs begun.)
 MACHINE_FLAGS = {"data_root", "workers", "device", "micro_batch", "activation_checkpointing", "compile",
                  "eval_every", "out", "resume", "overwrite"}
 
@@ -440,10 +440,11 @@ def check_epochs(args: argparse.Namespace, state: dict, steps: int) -> None:
     done, planned = math.ceil(state["step"] / steps), state.get("args", {}).get("epochs", args.epochs)
     if done > args.epochs or done == args.epochs < planned:  # it may not have been evaluated there
         least = min(done + 1, planned)
-        raise InputError(f"the run to resume is in epoch {done} of {planned}: give --epochs {least} or more")
+        raise InputError(f"the run to resume is in epoch {done} of {planned}: give --epochs {least} or "
+                         f"more")
     if args.epochs != planned and args.schedule != "step":
-        note(f"--schedule {args.schedule} depends on --epochs: with {args.epochs} instead of {planned}, the "
-             f"learning rate jumps")
+        note(f"--schedule {args.schedule} depends on --epochs: with {args.epochs} instead of {planned}, "
+             f"the learning rate jumps")
 
 
 def first_line(args: argparse.Namespace, model: nn.Module, train: Dataset, steps: int,
@@ -593,7 +594,8 @@ class Run:
         self.found = self.last.stat().st_mtime if self.last.exists() else None
         self.resumed = args.resume and self.last.exists()
         if any_process(self.resumed) != self.resumed:
-            raise InputError(f"not all processes see {self.last}: name a folder that they share by --out")
+            raise InputError(f"not all processes see {self.last}: name a folder that they share by "
+                             f"--out")
         self.state = {"epoch": 0, "step": 0, "best": -math.inf, "scores": {}}
         if self.resumed:
             self.state = load_checkpoint(self.last)
@@ -685,8 +687,8 @@ class Run:
         later. (A checkpoint to start from has been read.)"""
         for path in (".", args.data, args.data_root or f"data/{args.data}"):
             if Path(path).resolve().is_relative_to(self.folder.resolve()):
-                raise InputError(f"--overwrite would remove {self.folder} and in it {path}, which this run "
-                                 f"needs: name another --out")
+                raise InputError(f"--overwrite would remove {self.folder} and in it {path}, which this "
+                                 f"run needs: name another --out")
         self.lock("r+")
         self.locked.close()  # an open file cannot be removed on Windows
         shutil.rmtree(self.folder.resolve())

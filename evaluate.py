@@ -164,8 +164,8 @@ def result_dicts(found: dict[str, Tensor], image_id: int, category_ids: list[int
 @torch.no_grad()
 def detect_image(model: torch.nn.Module, image: Image.Image, image_size: int = 800,
                  amp: str = "off") -> dict[str, Tensor]:
-    """Detections on one RGB picture, as `best_boxes` returns them. image_size: the short side to test at,
-    usually that of the training. amp: "bf16" or "off"."""
+    """Detections on one RGB picture, as `best_boxes` returns them. image_size: the short side to test
+    at, usually that of the training. amp: "bf16" or "off"."""
     device = next(model.parameters()).device
     pixels = to_tensor(resize_to_test(image, image_size))[None].to(device)  # (1, 3, H, W)
     with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
@@ -184,8 +184,8 @@ def resize_to_test(image: Image.Image, image_size: int) -> Image.Image:
 
 def evaluate_corruptions(model: torch.nn.Module, dataset: DetectionSet, evaluation: dict,
                          args: argparse.Namespace, device: torch.device) -> dict:
-    """Evaluates clean images, and the chosen corruptions at the chosen severities. Results are written to
-    corruptions.json after each pass, so the same command goes on where it was interrupted.
+    """Evaluates clean images, and the chosen corruptions at the chosen severities. Results are written
+    to corruptions.json after each pass, so the same command goes on where it was interrupted.
 
     Args:
         evaluation: of `describe_evaluation`.
@@ -194,8 +194,8 @@ def evaluate_corruptions(model: torch.nn.Module, dataset: DetectionSet, evaluati
     """
     small = np.flatnonzero(dataset.annotations.sizes.min(1) < 32)
     if len(small):  # found before the first pass
-        raise InputError(f"image {dataset.name_of(small[0])} is too small for the corruptions, which need "
-                         f"32 pixels a side: take it out of the annotations")
+        raise InputError(f"image {dataset.name_of(small[0])} is too small for the corruptions, which "
+                         f"need 32 pixels a side: take it out of the annotations")
     path = args.out / "corruptions.json"
     state = start_corruptions(path, {**evaluation, "seed": args.seed,
                                      "frost_dir": str(args.frost_dir or "generated")})
@@ -422,7 +422,7 @@ def load_detector(path: str | Path,
 
 
 def match_classes(dataset: DetectionSet, classes: list[str], checkpoint: str) -> None:
-    """Puts the classes of a set into the model's order, by their names. InputError if the names differ."""
+    """Puts the classes of a set into the model's order, by name. InputError if the names differ."""
     unnamed = classes == [f"class {i}" for i in range(len(dataset.classes))]  # in some authors' files
     if dataset.classes == classes or unnamed:
         return

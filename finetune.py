@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import engine
-from data import DETECTION_DATA, DetectionSet, corners, detection_set, micro_batches
+from data import DETECTION_DATA, EMBEDDED_SETS, DetectionSet, corners, detection_set, micro_batches
 from deform_attn import operator_path
 from evaluate import coco_metrics, detect
 from extras import pictures, released
-from extras.shapes import EMBEDDED_SETS
 from model import VARIANTS, Config, Detector
 
 # ---------------------------------------------------------------------------- matching and losses (4.1)
@@ -283,8 +282,8 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
     device = engine.setup(args)
     run = engine.Run(args, "finetune")
     if args.schedule == "step" and args.lr_drop >= args.epochs:
-        engine.note(f"--lr-drop {args.lr_drop} is not below --epochs {args.epochs}, so the learning rate "
-                    f"never drops (paper: 40 of 50)")
+        engine.note(f"--lr-drop {args.lr_drop} is not below --epochs {args.epochs}, so the learning "
+                    f"rate never drops (paper: 40 of 50)")
 
     # Data, model and weights come before anything is written, so bad input leaves nothing behind.
     options = dict(data=args.data, root=args.data_root, image_size=args.image_size, seed=args.seed)
@@ -321,7 +320,8 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
     loader = engine.make_loader(train, collate, args, device, batch_sampler=sampler)
     steps = len(loader)  # per epoch
     engine.check_epochs(args, state, steps)
-    engine.first_line(args, model, train, steps, device, operator_path(model, device, args.amp == "bf16"))
+    operator = operator_path(model, device, args.amp == "bf16")
+    engine.first_line(args, model, train, steps, device, operator)
     if steps * args.epochs < FEW_STEPS and args.data not in EMBEDDED_SETS:
         engine.note(f"this run has fewer than {FEW_STEPS:,} steps, too few for the paper's recipe: "
                     f"README.md has flags for small sets (smaller batches, a higher rate, no dropout)")

@@ -25,12 +25,12 @@ from torch import Tensor
 from torch.utils.data import Subset, default_collate
 
 import engine
-from data import CLASSIFICATION_DATA, ClassificationSet, classification_set, to_image
+from data import (CLASSIFICATION_DATA, EMBEDDED_SETS, ClassificationSet, classification_set,
+                  to_image)
 from deform_attn import operator_path
 from engine import InputError
 from extras import pictures, released
 from extras.augment import mix, smooth_targets
-from extras.shapes import EMBEDDED_SETS
 from model import VARIANTS, Classifier, Config
 
 # ------------------------------------------------------- the semantic softmax (A.3, Ridnik et al. 2021)
@@ -386,7 +386,8 @@ def main(classifier: Callable[[Config, int], Classifier] = Classifier,
     loader = engine.make_loader(train, collate, args, device, batch_sampler=sampler)
     steps = len(loader)  # per epoch
     engine.check_epochs(args, state, steps)
-    engine.first_line(args, model, train, steps, device, operator_path(model, device, args.amp == "bf16"))
+    operator = operator_path(model, device, args.amp == "bf16")
+    engine.first_line(args, model, train, steps, device, operator)
     run.open(args)
     if engine.rank() == 0 and not run.resumed:
         pictures.training_sheet(train, sampler.batches()[0][:8].tolist(), run.folder / "training.png")
