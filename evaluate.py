@@ -258,8 +258,8 @@ def report_corruptions(state: dict, paper: str | None, args: argparse.Namespace)
     if "frost" in state["corruptions"] and not args.frost_dir:
         remarks += "; frost drawn, so not exactly comparable"
     return (f"{tables.markdown('Table 4', tables.HEADERS[4], rows)}\n"
-            f"clean AP {tables.cell(clean)}, mean under corruption (mPC) {tables.cell(row[0])}, relative "
-            f"(rPC) {tables.cell(100 * row[0] / clean if clean > 0 else tables.NONE)} %{remarks}")
+            f"clean AP {tables.cell(clean)}, mean under corruption (mPC) {tables.cell(row[0])}, "
+            f"relative (rPC) {tables.cell(100 * row[0] / clean if clean > 0 else tables.NONE)} %{remarks}")
 
 
 # --------------------------------------------------------------------------------------------- pictures

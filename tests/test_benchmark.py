@@ -275,7 +275,7 @@ def test_without_a_gpu_only_quick_is_accepted(monkeypatch, capsys):
 @pytest.mark.parametrize("capability, loads, atomics", [
     ((8, 0), 76e-6, 411e-6), ((9, 0), 50e-6, 275e-6)])
 def test_limits_of_an_a100_and_an_h100(monkeypatch, capability, loads, atomics):
-    """Lite at 800 x 1344, float32: 2.90 million samples, whose corners have 1.483 GB."""
+    """Lite at 800 x 1344, float32: 2.90 million samples. Their corners have 1.483 GB."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     got = benchmark.gpu_limits(800, 1344, 8, 32, 1, 300, torch.float32, torch.device("cuda"))
     assert got == pytest.approx((loads, atomics), rel=0.01)

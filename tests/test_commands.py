@@ -131,7 +131,7 @@ def test_the_first_line_says_what_is_trained_on_what(tmp_path, capsys):
     coco_folder(tmp_path / "other", train=lambda content: content["annotations"].pop())
     shutil.copytree(tmp_path / "other", tmp_path / "data", dirs_exist_ok=True)
     refused(tmp_path, "finetune.py", *OWN, "--resume", "--pretrained", "run/best.pt", says="training_set ")
-    # What a run needs is not removed with the folder that it replaces.
+    # --overwrite does not remove the data of the run.
     shutil.copytree(tmp_path / "other", tmp_path / "run" / "data")
     own = [*OWN, "--data", "run/data", "--overwrite"]
     refused(tmp_path, "finetune.py", *own, says="would remove run and in it run/data, which this run needs")
