@@ -5,8 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
-from dataclasses import replace
 
 import pytest
 from conftest import ROOT
@@ -14,8 +12,7 @@ from conftest import ROOT
 from engine import InputError
 from extras import claims
 
-# Stand-ins for the scripts. They note the call and write the files that the report reads, with an AP
-# that depends on the flags.
+# A stand-in for the scripts. It notes the call and writes the files that the report reads.
 SCRIPT = '''
 import json, os, sys
 from pathlib import Path
@@ -23,34 +20,25 @@ flags = sys.argv[1:]
 out = Path(flags[flags.index("--out") + 1])
 with open("calls.txt", "a") as f:
     f.write(out.name + "\\n")
-assert "--resume" in flags
-if "--pretrained" in flags:
-    assert Path(flags[flags.index("--pretrained") + 1]).exists(), "started too early"
-out.mkdir(exist_ok=True)
-(out / "last.pt").write_text("")
-(out / "args.json").write_text("{}")
+for flag in flags:
+    assert not flag.endswith("last.pt") or Path(flag).exists(), "started too early"
 if os.environ.get("FAIL") == out.name:
     sys.exit("out of luck")
 if os.environ.get("STOP") == out.name:
     sys.exit()
-seed = int(flags[flags.index("--seed") + 1])
-ap = 0.3 + 0.01 * seed + (0.05 if "--pretrained" in flags else 0) * (seed + 1) / 2
-(out / "metrics.json").write_text(json.dumps({"AP": ap}))
-entry = {"epoch": 1, "step": 1, "AP": ap}
-log = [entry, {"resumed": True, "epoch": 0, "step": 0}, entry] if seed == 1 else [entry]
-(out / "log.jsonl").write_text("".join(json.dumps(e) + "\\n" for e in log))
-'''
-EVALUATE = '''
-import json, sys
-from pathlib import Path
-out = next(Path(flag).parent for flag in sys.argv if flag.endswith("last.pt"))
-with open("calls.txt", "a") as f:
-    f.write(f"evaluate {out.name}\\n")
-(out / "evaluation").mkdir(exist_ok=True)
-passes = {name: {s: {"AP": 0.2} for s in "12345"} for name in range(15)}
-content = {"clean": {"AP": 0.4}, "corruptions": passes}
-(out / "evaluation" / "corruptions.json").write_text(json.dumps(content))
-(out / "evaluation" / "corruptions.png").write_text("")
+if "--corruptions" in flags:
+    passes = {name: {s: {"AP": 0.2} for s in "12345"} for name in range(15)}
+    scores = {"clean": {"AP": 0.4}, "corruptions": passes}
+    (out / "corruptions.json").write_text(json.dumps(scores))
+else:
+    assert "--resume" in flags
+    seed = int(flags[flags.index("--seed") + 1])
+    ap = 0.3 + 0.01 * seed + (0.05 if "--pretrained" in flags else 0) * (seed + 1) / 2
+    (out / "last.pt").write_text("")
+    (out / "metrics.json").write_text(json.dumps({"AP": ap, "top1": 0.9, "seed": seed}))
+    entry = {"epoch": 1, "step": 1, "AP": ap}
+    log = [entry, {"resumed": True, "epoch": 0, "step": 0}, entry] if seed == 1 else [entry]
+    (out / "log.jsonl").write_text("".join(json.dumps(e) + "\\n" for e in log))
 '''
 # A script that ends by SIGTERM only, and says so.
 SLEEP = '''
@@ -65,103 +53,114 @@ time.sleep(60)
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """run(*flags): the command, in a folder with the stand-ins."""
-    for name in ("pretrain.py", "finetune.py"):
-        (tmp_path / name).write_text(SCRIPT, encoding="utf-8")
-    (tmp_path / "evaluate.py").write_text(EVALUATE, encoding="utf-8")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def project(tmp_path, monkeypatch):
+    """A folder with the code that trains, and stand-ins for the scripts."""
+    for name in claims.TRAINING_CODE:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        stage = name in ("pretrain.py", "finetune.py", "evaluate.py")
+        (tmp_path / name).write_text(SCRIPT if stage else "x = 1\n", encoding="utf-8")
+    (tmp_path / "docs").mkdir()
     monkeypatch.setattr(claims, "PROJECT", tmp_path)
     monkeypatch.chdir(tmp_path)
+    return tmp_path
 
+
+@pytest.fixture
+def run(project, monkeypatch):
+    """run(*flags): the command. Returns the page and the calls."""
     def main(*flags):
         monkeypatch.setattr("sys.argv", ["claims.py", *flags])
         claims.main()
+        page = next((project / "runs").glob("claims-*/report.md")).read_text(encoding="utf-8")
+        return page, (project / "calls.txt").read_text().splitlines()
     return main
 
 
-def test_a_claim_is_run_once_and_reported(run, tmp_path):
-    run("--claims", "C1", "--jobs", "2")
-    calls = (tmp_path / "calls.txt").read_text().split()
-    assert len(calls) == len(set(calls)) == 15  # for three seeds: pre-training and four fine-tunings
-    page = (tmp_path / "runs" / "claims" / "report.md").read_text(encoding="utf-8")
-    # From scratch 30, 31, 32. The gains are 2.5, 5, 7.5: t = 5 / (2.5 / sqrt 3) = 3.46 with 2 degrees.
-    assert "31.0±1.0" in page and "36.0±3.5" in page
-    assert "+5.0 ± 2.5 (p = 0.037): reproduced" in page
-    assert (tmp_path / "runs" / "claims" / "C1.png").exists()
-    run("--claims", "C1")
-    assert (tmp_path / "calls.txt").read_text().split() == calls  # nothing is run again
+def test_every_arm_is_run_once_and_reported(run, project):
+    page, calls = run("--seeds", "3")
+    assert len(calls) == len(set(calls)) == 3 * len(claims.ARMS) == 51
+    lines = [json.loads(line) for line in (project / "docs" / "claims.jsonl").read_text().splitlines()]
+    assert len(lines) == 51
+    one = next(e for e in lines if e["arm"] == "FP-DETR" and e["seed"] == 1)
+    assert set(one) == {"claim", "arm", "seed", "flags", "commit", "code", "minutes", "scores"}
+    assert one["claim"] == "C1 C2 C4 C5" and one["flags"] == claims.RECIPES["finetune.py"]
+    assert one["scores"] == {"AP": pytest.approx(0.36), "top1": 0.9, "curve": [pytest.approx(0.36)]}
+    # From scratch 30, 31, 32. The gains are 2.5, 5, 7.5: t = 5 / (2.5 / sqrt 3) = 3.46 with 2 degrees of
+    # freedom, so p = 0.074. The 90 % interval is 5 +- 2.92 x 1.44.
+    row = next(line for line in page.splitlines() if line.startswith("| C1 FP-DETR / from scratch"))
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == [
+        "AP", "3", "36.0±3.5, 31.0±1.0", "-", "+5.0", "+0.8 to +9.2", "0.074", "undecided"]
+    # AP 0.2 under corruption and 0.4 without: rPC is 50 % everywhere.
+    row = next(line for line in page.splitlines() if line.startswith("| C3"))
+    assert "rPC" in row and "50.0±0.0, 50.0±0.0" in row and "undecided" in row
+    assert next((project / "runs").glob("claims-*/claims.png")).stat().st_size > 20_000
+    assert run("--seeds", "3") == (page, calls) and run("--seeds", "0") == (page, calls)
 
 
 @pytest.mark.parametrize("how", ["FAIL", "STOP"])  # with an error, or early without one (SIGTERM)
-def test_a_failed_run_is_named_and_run_again(how, run, tmp_path, monkeypatch):
-    monkeypatch.setenv(how, "small-pre-1")
-    with pytest.raises(InputError, match="small-pre-1 failed: see .*small-pre-1-finetune.txt"):
-        run("--claims", "C1", "--jobs", "1")
-    log = (tmp_path / "runs/claims/logs/small-pre-1-finetune.txt").read_text()
-    assert log == ("out of luck\n" if how == "FAIL" else "")
+def test_a_failed_run_is_named_and_run_again(how, run, project, monkeypatch):
+    monkeypatch.setenv(how, "Bi-LSTM-0")
+    with pytest.raises(InputError, match="Bi-LSTM of seed 0 failed: see .*Bi-LSTM-0.txt"):
+        run("--seeds", "1", "--jobs", "1")
+    log = next((project / "runs").glob("claims-*/Bi-LSTM-0.txt"))
+    assert log.read_text() == ("out of luck\n" if how == "FAIL" else "")
     monkeypatch.delenv(how)
-    run("--claims", "C1", "--jobs", "1")
-    assert (tmp_path / "calls.txt").read_text().split().count("small-pre-1") == 2
+    _, calls = run("--seeds", "1", "--jobs", "1")
+    assert len(calls) == len(claims.ARMS) + 1 and calls.count("Bi-LSTM-0") == 2
 
 
-def other_code(tmp_path):
-    with open(tmp_path / "pretrain.py", "a", encoding="utf-8") as f:
-        f.write("# new")
+def test_lines_of_other_code_or_flags_do_not_count(run, project, monkeypatch):
+    run("--seeds", "1")
+    with open(project / "model.py", "a", encoding="utf-8") as f:
+        f.write("# a comment and a docstring\n\n'''quotes'''\n" + '"""text"""\n')
+    code = claims.digest_of_code()
+    (project / "model.py").write_text("x = 1\n'''quotes'''", encoding="utf-8")
+    assert claims.digest_of_code() == code  # comments and docstrings do not count
+    (project / "model.py").write_text("x = 1\n", encoding="utf-8")
+    monkeypatch.setitem(claims.ARMS, "no adaptor", ("finetune.py", "stage 1", "--adaptor none --lr 1"))
+    _, calls = run("--seeds", "1")
+    assert calls[17:] == ["no adaptor-0"]  # its flags are others now
+    (project / "model.py").write_text("x = 2\n", encoding="utf-8")
+    with open(project / "docs" / "claims.jsonl", encoding="utf-8") as f:
+        assert len(f.readlines()) == 18
+    monkeypatch.setattr("sys.argv", ["claims.py", "--seeds", "0"])
+    claims.main()
+    page = (project / "runs" / f"claims-{claims.digest_of_code()}" / "report.md").read_text()
+    assert "C1" not in page  # nothing has been run with this code
 
 
-def no_marker(tmp_path):
-    (tmp_path / "out" / "pre-0" / "job-pretrain.json").unlink()
+def test_on_another_machine_a_checkpoint_is_made_again_but_not_its_line(run, project):
+    run("--seeds", "1")
+    lines = (project / "docs" / "claims.jsonl").read_text().splitlines()
+    for old in (project / "runs").glob("claims-*/*/metrics.json"):
+        old.unlink()
+    kept = [e for e in lines if json.loads(e)["arm"] != "FP-DETR, corrupted"]
+    (project / "docs" / "claims.jsonl").write_text("\n".join(kept) + "\n")
+    _, calls = run("--seeds", "1")
+    assert calls[17:] == ["stage 1-0", "FP-DETR-0", "FP-DETR, corrupted-0"]
+    assert len((project / "docs" / "claims.jsonl").read_text().splitlines()) == 17
 
 
-@pytest.mark.parametrize("first, change", [(["--quick"], None), ([], other_code), ([], no_marker)])
-def test_a_folder_of_another_origin_is_refused(first, change, run, tmp_path):
-    flags = ["--claims", "C1", "--seeds", "1", "--out", "out"]
-    run(*flags, *first)
-    calls = (tmp_path / "calls.txt").read_text()
-    if change:
-        change(tmp_path)
-    with pytest.raises(InputError, match="out/pre-0 was made by other .* remove it, or .*--out"):
-        run(*flags, "--jobs", "1")
-    assert (tmp_path / "calls.txt").read_text() == calls  # nothing was started
-
-
-def test_the_flags_of_the_jobs_before_count():
-    job = claims.Job("a", "finetune.py", ("--epochs", "7"), 1, claims.Job("b", "pretrain.py", (), 1))
-    longer = replace(job, after=replace(job.after, flags=("--epochs", "9")))
-    assert job.origin("x") == {"flags": ["finetune.py", "--epochs", "7", "pretrain.py"], "code": "x"}
-    assert longer.origin("x") != job.origin("x") != job.origin("y")
-
-
-def test_an_evaluation_must_have_all_passes(run, tmp_path):
-    flags = ["--claims", "C3", "--seeds", "1", "--jobs", "2"]
-    run(*flags)
-    out = tmp_path / "runs" / "claims"
-    page = (out / "report.md").read_text(encoding="utf-8")
-    assert "AP under corruption (frost drawn) / clean AP" in page and "50.0" in page  # 0.2 / 0.4
-    one = {"clean": {"AP": 0.4}, "corruptions": {"fog": {"1": {"AP": 0.4}}}}
-    (out / "full-0" / "evaluation" / "corruptions.json").write_text(json.dumps(one), encoding="utf-8")
-    run(*flags)
-    assert (tmp_path / "calls.txt").read_text().count("evaluate full-0") == 2
-    assert (out / "report.md").read_text(encoding="utf-8") == page
-    (out / "full-0" / "job-evaluate.json").unlink()
-    with pytest.raises(InputError, match="full-0 was made by other"):  # evaluated by hand
-        run(*flags)
+def test_quick_runs_leave_the_lines_alone(run, project):
+    page, calls = run("--seeds", "1", "--quick")
+    assert "far too short" in page and len(calls) == 17
+    assert not (project / "docs" / "claims.jsonl").exists()
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a killed parent cannot end its children")
-def test_children_end_with_their_parent(how, run, tmp_path):
-    (tmp_path / "finetune.py").write_text(SLEEP, encoding="utf-8")
-    code = ("import sys; from pathlib import Path; from extras import claims; claims.PROJECT = Path(); "
-            "sys.argv[1:] = ['--claims', 'C1', '--jobs', '2']; claims.main()")
+def test_children_end_with_their_parent(how, project):
+    (project / "pretrain.py").write_text(SLEEP, encoding="utf-8")
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; "
+            "from extras import claims; claims.PROJECT = Path(); "
+            "sys.argv[1:] = ['--jobs', '2']; claims.main()")
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
 
     def wait_for(name):
         until = time.monotonic() + 60
-        while len(list(tmp_path.glob(name))) < 2 and time.monotonic() < until:
+        while len(list(project.glob(name))) < 2 and time.monotonic() < until:
             time.sleep(0.05)
-        return len(list(tmp_path.glob(name)))
+        return len(list(project.glob(name)))
     try:
         assert wait_for("*.started") == 2
         os.kill(parent.pid, getattr(signal, how))
@@ -171,44 +170,46 @@ def test_children_end_with_their_parent(how, run, tmp_path):
         parent.kill()
 
 
-def test_every_claim_can_be_built_and_shares_its_runs():
-    chosen = claims.all_claims(Namespace(quick=False, seeds=3))
-    jobs = claims.jobs_in_order(chosen)
-    assert len(jobs) == len({(job.name, job.script) for job in jobs})
-    place = {job: i for i, job in enumerate(jobs)}
-    assert all(place[job.after] < place[job] for job in jobs if job.after)
-    for claim in chosen.values():
-        assert all(len(row) == 3 for row in claim.rows.values())
-        assert {row for pair in claim.better for row in pair} <= set(claim.rows)
+@pytest.mark.parametrize("better, worse, result", [
+    # t = gain / (deviation / sqrt 3) with 2 degrees of freedom, where the 90 % point of |t| is 2.920.
+    ([0.31, 0.32, 0.33], [0.30, 0.30, 0.30], ("+2.0", "+0.3 to +3.7", "0.074", "undecided")),
+    ([0.33, 0.34, 0.33], [0.30, 0.30, 0.30], ("+3.3", "+2.4 to +4.3", "0.010", "as in the paper")),
+    ([0.30, 0.30, 0.30], [0.33, 0.34, 0.33], ("-3.3", "-4.3 to -2.4", "0.010", "**against the paper**")),
+    ([0.300, 0.305, 0.305], [0.30, 0.30, 0.31], ("+0.0", "-0.8 to +0.8", "1.000",
+                                                 "no difference above 0.8")),
+    ([0.30, 0.34, 0.29], [0.30, 0.30, 0.30], ("+1.0", "-3.5 to +5.5", "0.580", "undecided")),
+    ([0.3], [0.2], ("+10.0", "-", "-", "undecided"))])
+def test_verdicts_by_hand(better, worse, result):
+    assert claims.verdict(better, worse, tests=13) == result
 
 
-@pytest.mark.parametrize("better, worse, says", [
-    ([0.31, 0.32, 0.33], [0.30, 0.30, 0.30], "+2.0 ± 1.0 (p = 0.037): reproduced"),
-    ([0.30, 0.30, 0.30], [0.31, 0.32, 0.33], "-2.0 ± 1.0 (p = 0.963): **not** reproduced"),
-    ([0.30, 0.34, 0.29], [0.30, 0.30, 0.30], "+1.0 ± 2.6 (p = 0.290): not distinguishable"),
-    ([0.3], [0.2], "+10.0 ± 0.0: not distinguishable")])
-def test_verdicts_by_hand(better, worse, says):
-    """t = mean / (deviation / sqrt 3) with 2 degrees of freedom. P(t > 3.464) = 0.037,
-    P(t > 0.655) = 0.290."""
-    assert says in claims.verdict(better, worse)
+def test_the_asterisk_is_bonferroni():
+    """t = 6 / (1 / sqrt 3) = 10.39 with 2 degrees of freedom: p = 0.0091, below 0.05 / 5 alone."""
+    better, worse = [0.35, 0.36, 0.37], [0.30, 0.30, 0.30]
+    assert claims.verdict(better, worse, tests=5)[2] == "0.009*"
+    assert claims.verdict(better, worse, tests=6)[2] == "0.009"
 
 
-def test_the_runs_of_a_claim_differ_in_what_it_compares():
-    rows = claims.all_claims(Namespace(quick=False, seeds=1))
-    flags = {f"{c}: {row}": " ".join(jobs[0].flags) for c in rows for row, jobs in rows[c].rows.items()}
-    starts = {f"{c}: {row}": jobs[0].after and jobs[0].after.name for c in rows
-              for row, jobs in rows[c].rows.items()}
-    adaptors = {"none": "--adaptor none", "Bi-LSTM": "--adaptor bilstm", "self-attention": "",
+def test_the_arms_of_a_claim_differ_in_what_it_compares():
+    for claim, better, worse, _, _ in claims.COMPARISONS:
+        a, b = claims.ARMS[better], claims.ARMS[worse]
+        assert a[0] == b[0] and claim in claims.CLAIMS
+        if claim in ("C2", "C4", "C5"):
+            assert (a[1] is None) == (b[1] is None)
+    flags = {arm: f"{script} {more}".strip() for arm, (script, _, more) in claims.ARMS.items()}
+    starts = {arm: start for arm, (_, start, _) in claims.ARMS.items()}
+    assert flags["FP-DETR"] == flags["from scratch"] == "finetune.py"
+    assert flags["150 pictures"] == flags["150 pictures, from scratch"]
+    assert starts["from scratch"] is starts["150 pictures, from scratch"] is None
+    adaptors = {"no adaptor": "--adaptor none", "Bi-LSTM": "--adaptor bilstm",
                 "Bi-LSTM, per layer": "--adaptor bilstm --adaptor-per-layer",
                 "self-attention, per layer": "--adaptor-per-layer"}
-    plain = flags["C2: self-attention"]
-    for row, more in adaptors.items():
-        assert flags[f"C2: {row}"] == f"{plain} {more}".strip() and starts[f"C2: {row}"] == "pre-0"
-    assert {row: start for row, start in starts.items() if row.startswith("C1")} == {
-        "C1: 2,000 images, pre-trained": "pre-0", "C1: 2,000 images, from scratch": None,
-        "C1: 150 images, pre-trained": "pre-0", "C1: 150 images, from scratch": None}
-    assert flags["C1: 150 images, pre-trained"] == flags["C1: 150 images, from scratch"] != plain
-    assert flags["C1: 2,000 images, from scratch"] == plain
-    for row, wanted in (("C4: FP-EncDec, 1 class token", "--structure encoder-decoder"),
-                        ("C5: tiny-wide (D 96)", "--variant tiny-wide")):
-        assert flags[row] == f"{plain} {wanted}" and starts[row] not in ("pre-0", None)
+    for arm, more in adaptors.items():
+        assert flags[arm] == f"finetune.py {more}" and starts[arm] == starts["FP-DETR"] == "stage 1"
+    for tokens in ("1 class token", "75 class tokens"):
+        start = starts[f"FP-EncDec, {tokens}"]
+        decoder = "--structure encoder-decoder"
+        assert flags[start] == f"pretrain.py {decoder} --class-tokens {tokens.split()[0]}"
+        assert flags[f"FP-EncDec, {tokens}"] == f"finetune.py {decoder}"
+    assert flags["wide"] == "finetune.py --variant mini-wide"
+    assert flags[starts["wide"]].startswith("pretrain.py --variant mini-wide")

@@ -440,7 +440,6 @@ def test_shapes_boxes_are_tight_and_all_classes_occur():
     assert len(dataset.classes) == 8 and {k for r in dataset.records for k in r.labels} == set(range(8))
     assert {len(r.labels) for r in dataset.records} == {0, 1, 2, 3}
     # An object alone in its picture is saturated on a dull ground, so its colours show where it is.
-    # (Not in every picture: a neighbour that is mostly hidden is not annotated.)
     errors = []
     for r in [r for r in dataset.records if len(r.labels) == 1]:
         pixels = np.asarray(r.image()).astype(int)
