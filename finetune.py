@@ -56,7 +56,7 @@ def giou(a: Tensor, b: Tensor) -> Tensor:
 @torch.no_grad()
 def match(pred_logits: Tensor, pred_boxes: Tensor, targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
     """The cheapest one-to-one assignment of queries to objects, per
-    image (Hungarian matching, DETR 3.1).
+    image (Hungarian matching, DETR 3.1). NaN counts as a very high cost.
 
     Args:
         pred_logits: (B, Q, K). pred_boxes: (B, Q, 4) cxcywh in [0, 1].

@@ -125,13 +125,14 @@ class Tokenizer(nn.Module):
 
 
 def sine_positions(valid: Tensor, counts: Tensor, dim: int) -> Tensor:
-    """Sine embedding of each token's row and column, counted over valid tokens and scaled to [0, 2 pi]
-    (as in Deformable DETR).
+    """Sine embedding of each token's centre: its row and column, counted over valid tokens and scaled to
+    [0, 2 pi] (as in Deformable DETR).
 
     Args:
         valid: (B, h, w) bool, False at padding. counts: (B, 2), the number of valid columns and rows.
     Returns:
-        (B, h, w, dim) in the dtype of `counts`: channels of y, then of x.
+        (B, h, w, dim) in the dtype of `counts`: channels of y, then of x. Channels 2i and 2i + 1 of
+        each are the sine and cosine of its angle divided by 10000^(4i / dim).
     """
     dtype, places = counts.dtype, []
     for axis in (1, 2):
@@ -180,6 +181,7 @@ class ExtraTokenEmbedding(nn.Module):
         nn.init.zeros_(self.reference_points.bias)
 
     def forward(self, batch_size: int) -> ExtraTokens:
+        """The same tokens for each image of a batch. Their references are in (0, 1)."""
         with torch.autocast(self.position.device.type, enabled=False):  # geometry in float32
             references = self.reference_points(self.position).sigmoid()
         parts = (self.content, self.position, references)
@@ -226,7 +228,8 @@ class TaskAdaptor(nn.Module):
         return self.norm(self.mix_queries(extra, positions)), memory
 
     def mix_queries(self, extra: Tensor, positions: Tensor) -> Tensor:
-        """Adds to each query a message from the others: extra, positions (B, E, D) -> (B, E, D)."""
+        """Adds to each query a message from the others: extra, positions (B, E, D) -> (B, E, D). The
+        positions are added to the attention's queries and keys, or to the LSTM's inputs."""
         prompted = extra + positions
         if hasattr(self, "lstm"):
             both, _ = self.lstm(prompted)  # (B, E, D / 2)

@@ -72,12 +72,18 @@ def test_best_boxes_are_the_best_of_query_times_class():
     logits = torch.full((1, 3, 4), -5.0)
     logits[0, 2, 1], logits[0, 2, 3], logits[0, 0, 0] = 2.0, 1.0, 3.0
     boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.1, 0.1, 0.1, 0.1], [0.9, 0.5, 0.4, 1.0]]])
-    found = best_boxes({"pred_logits": logits, "pred_boxes": boxes}, [(200, 100)], top=3)[0]
-    assert found["labels"].tolist() == [0, 1, 3] and found["queries"].tolist() == [0, 2, 2]
-    assert found["scores"].tolist() == pytest.approx([1 / (1 + np.exp(-x)) for x in (3, 2, 1)])
-    # The image has 200 x 100 pixels. The box of query 2 is clipped at the right border.
-    expected = [[80, 30, 120, 70], [140, 0, 200, 100], [140, 0, 200, 100]]
-    torch.testing.assert_close(found["boxes"], torch.tensor(expected, dtype=torch.float32))
+    # The second image has the same answers, given by the queries in reverse.
+    outputs = {"pred_logits": torch.cat([logits, logits.flip(1)]),
+               "pred_boxes": torch.cat([boxes, boxes.flip(1)])}
+    # The first image has 200 x 100 pixels. The box of query 2 is clipped at the right border.
+    expected = torch.tensor([[80, 30, 120, 70], [140, 0, 200, 100], [140, 0, 200, 100]]).float()
+    sizes, queries = [(200, 100), (20, 50)], ([0, 2, 2], [2, 0, 0])
+    for found, (w, h), query in zip(best_boxes(outputs, sizes, top=3), sizes, queries):
+        assert found["labels"].tolist() == [0, 1, 3] and found["queries"].tolist() == query
+        assert found["scores"].tolist() == pytest.approx([1 / (1 + np.exp(-x)) for x in (3, 2, 1)])
+        scale = torch.tensor([w / 200, h / 100, w / 200, h / 100])
+        torch.testing.assert_close(found["boxes"], expected * scale)
+    assert len(best_boxes(outputs, sizes)[0]["scores"]) == 3 * 4  # of the 100 asked for
 
 
 def test_golden_detections(shared):

@@ -62,6 +62,39 @@ def random_boxes(*shape: int) -> torch.Tensor:
     return torch.rand(*shape, 4) * 0.4 + 0.1
 
 
+def test_giou_by_hand_and_of_all_pairs():
+    """Of the top left quarter and itself, a box inside, one across its corner, one far away."""
+    quarter = torch.tensor([0.25, 0.25, 0.5, 0.5], dtype=torch.float64)
+    others = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.125, 0.125, 0.25, 0.25], [0.5, 0.5, 0.5, 0.5],
+                           [0.8, 0.9, 0.2, 0.2]], dtype=torch.float64)
+    assert giou(quarter, others).tolist() == pytest.approx([1, 1 / 4, 1 / 7 - 2 / 9, -0.61 / 0.9])
+    torch.manual_seed(0)
+    a, b = random_boxes(3), random_boxes(4)
+    for row, box in zip(giou(a[:, None], b).tolist(), a):
+        assert row == pytest.approx([box_giou(box, other) for other in b], abs=1e-6)
+
+
+def test_losses_without_an_object_by_hand():
+    """All logits are 0, so each of 2 x 3 x 4 probabilities is 1/2."""
+    outputs = {"pred_logits": torch.zeros(2, 3, 4), "pred_boxes": random_boxes(2, 3), "aux_outputs": []}
+    targets = 2 * [{"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}]
+    for matches, divisor in ((None, 1), (4, 4)):
+        losses = {k: v.item() for k, v in detection_loss(outputs, targets, matches).items()}
+        expected = 2 * 24 * 0.75 * (1 / 2) ** 2 * np.log(2) / divisor
+        assert losses == pytest.approx({"loss_class": expected, "loss_bbox": 0, "loss_giou": 0})
+
+
+def test_losses_have_the_gradients_of_finite_differences():
+    torch.manual_seed(0)
+    targets = [{"labels": torch.randint(4, (n,)), "boxes": random_boxes(n).double()} for n in (2, 0)]
+    inputs = [x.double().requires_grad_() for x in (torch.randn(2, 3, 4), random_boxes(2, 3))]
+
+    def losses(logits, boxes):
+        outputs = {"pred_logits": logits, "pred_boxes": boxes, "aux_outputs": []}
+        return tuple(detection_loss(outputs, targets).values())
+    assert torch.autograd.gradcheck(losses, inputs)
+
+
 def test_losses_equal_their_definitions_written_out():
     """Three queries; an image with two objects and one with five, of which two stay without a query; two
     layers. Sums over queries and classes, divided by the five matches of a layer."""
@@ -88,21 +121,21 @@ def test_losses_equal_their_definitions_written_out():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_match_is_the_cheapest_of_all_assignments(seed):
-    """The cost written out for single pairs, every assignment tried: 4 queries, 3 objects."""
+    """The cost written out for single pairs, every assignment tried: 4 queries; 3, no and 1 objects."""
     torch.manual_seed(seed)
-    logits, boxes, true = torch.randn(1, 4, 6), random_boxes(1, 4), random_boxes(3)
-    labels = torch.tensor([5, 0, 5])
+    logits, boxes = torch.randn(3, 4, 6), random_boxes(3, 4)
+    targets = [{"labels": torch.tensor(labels, dtype=torch.int64), "boxes": random_boxes(len(labels))}
+               for labels in ([5, 0, 5], [], [2])]
 
-    def cost(q, t):
-        p = logits[0, q, labels[t]].sigmoid().item()
+    def cost(i, q, t):
+        p = logits[i, q, targets[i]["labels"][t]].sigmoid().item()
         focal = 0.25 * (1 - p) ** 2 * -np.log(p) - 0.75 * p ** 2 * -np.log(1 - p)
-        distance = (boxes[0, q] - true[t]).abs().sum().item()
-        return 2 * focal + 5 * distance - 2 * box_giou(boxes[0, q], true[t])
-    assignments = itertools.permutations(range(4), 3)
-    best = min(assignments, key=lambda queries: sum(cost(q, t) for t, q in enumerate(queries)))
-    query, target = match(logits, boxes, [{"labels": labels, "boxes": true}])[0]
-    assert {(q, t) for t, q in enumerate(best)} == set(zip(query.tolist(), target.tolist()))
-    assert giou(boxes[0, 0], true[0]).item() == pytest.approx(box_giou(boxes[0, 0], true[0]), abs=1e-6)
+        box, true = boxes[i, q], targets[i]["boxes"][t]
+        return 2 * focal + 5 * (box - true).abs().sum().item() - 2 * box_giou(box, true)
+    for i, (query, target) in enumerate(match(logits, boxes, targets)):
+        assignments = itertools.permutations(range(4), len(targets[i]["labels"]))
+        best = min(assignments, key=lambda queries: sum(cost(i, q, t) for t, q in enumerate(queries)))
+        assert sorted((q, t) for t, q in enumerate(best)) == list(zip(query.tolist(), target.tolist()))
 
 
 def test_matching_of_more_objects_than_queries_and_of_numbers_that_are_not_finite():
@@ -110,6 +143,8 @@ def test_matching_of_more_objects_than_queries_and_of_numbers_that_are_not_finit
     for logits in (torch.randn(1, 2, 3), torch.full((1, 2, 3), float("nan"))):
         query, target = match(logits, random_boxes(1, 2), targets)[0]
         assert query.tolist() == [0, 1] and len(set(target.tolist())) == 2
+    nothing = [{k: v[:0] for k, v in targets[0].items()}]
+    assert [len(x) for x in match(logits, random_boxes(1, 2), nothing)[0]] == [0, 0]
 
 
 def small_batch(device: str = "cpu", **changes) -> tuple[Detector, list]:

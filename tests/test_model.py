@@ -1,5 +1,5 @@
 """Parameter counts; what depends on what; what passes between the stages; the adaptors of Table 3 and
-the decoder layer of Table 7 against their definitions written out."""
+the layers against their definitions written out."""
 import math
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ import torch
 from deform_attn import ms_deform_attn_reference
 from extras.released import ReleasedAdaptor, released_layout
 from model import (VARIANTS, Classifier, Config, DecoderLayer, Detector, DropPath, EncoderLayer,
-                   ImageTokens, TaskAdaptor, Tokenizer, sine_positions)
+                   ExtraTokenEmbedding, ExtraTokens, ImageTokens, TaskAdaptor, Tokenizer, sine_positions)
 
 TINY = replace(VARIANTS["tiny"], entry_layer=7)  # where the paper has it
 ENCODER_DECODER = dict(structure="encoder-decoder", adaptor="none")
@@ -232,6 +232,21 @@ def test_sine_positions_of_a_hand_computed_case():
         assert got[x].tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def test_sine_positions_equal_a_loop_over_valid_tokens():
+    """Of padded maps. The third column of the second one is half a token."""
+    valid = torch.zeros(2, 3, 4, dtype=torch.bool)
+    valid[0, :2], valid[1, :, :3] = True, True
+    counts = torch.tensor([[4, 2], [2.5, 3]], dtype=torch.float64)
+    got = sine_positions(valid, counts, 8)
+    assert got.shape == (2, 3, 4, 8) and got.dtype == torch.float64
+    for b, y, x in valid.nonzero().tolist():
+        columns, rows = counts[b].tolist()
+        angles = [2 * math.pi * place / wavelength
+                  for place in ((y + 0.5) / rows, (x + 0.5) / columns) for wavelength in (1, 100)]
+        expected = [value for angle in angles for value in (math.sin(angle), math.cos(angle))]
+        assert got[b, y, x].tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_boxes_start_at_the_reference_points():
     detector = Detector(TINY, 3)
     boxes = detector(torch.randn(1, 3, 64, 64))["pred_boxes"]
@@ -243,10 +258,79 @@ def sigmoid(x):
     return 1 / (1 + torch.exp(-x))
 
 
-def norm(x, weights, name):
+def norm(x, weights, name, eps=1e-5):
     centred = x - x.mean(-1, keepdim=True)
-    scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    scaled = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
     return scaled * weights[name + ".weight"] + weights[name + ".bias"]
+
+
+def linear(x, weights, name):
+    return x @ weights[name + ".weight"].T + weights[name + ".bias"]
+
+
+def self_attention(tokens, prompts, weights, name, M):
+    """Queries and keys have the prompts, values have not."""
+    prompted, D = tokens + prompts, tokens.shape[-1]
+    q, k, v = ((x @ weight.T + bias).unflatten(-1, (M, -1)) for x, weight, bias in zip(
+        (prompted, prompted, tokens), weights[f"{name}.in_proj_weight"].split(D),
+        weights[f"{name}.in_proj_bias"].split(D)))  # (B, E, M, D / M) each
+    similar = (torch.einsum("bimc,bjmc->bmij", q, k) / math.sqrt(D // M)).exp()
+    related = torch.einsum("bmij,bjmc->bimc", similar / similar.sum(-1, keepdim=True), v)
+    return linear(related.flatten(2), weights, f"{name}.out_proj")
+
+
+@torch.no_grad()
+def test_the_tokenizer_equals_a_loop_over_patches():
+    tokenizer = shaken(Tokenizer(Config(dim=8, heads=2, tokenizer_dim=4)).double(), 0.3)
+    images, w = torch.randn(2, 3, 72, 100, dtype=torch.float64), tokenizer.state_dict()
+    x = images
+    for i, (level, s) in enumerate(zip(tokenizer(images), (8, 2, 2, 2))):
+        rows, columns = (math.ceil(side / s) for side in x.shape[2:])
+        whole = torch.zeros(2, x.shape[1], s * rows, s * columns, dtype=torch.float64)
+        whole[:, :, :x.shape[2], :x.shape[3]] = x
+        x = torch.empty(2, 4, rows, columns, dtype=torch.float64)
+        for r in range(rows):
+            for c in range(columns):
+                patch = whole[:, None, :, s * r:s * (r + 1), s * c:s * (c + 1)]
+                token = (patch * w[f"convs.{i}.weight"]).sum((2, 3, 4)) + w[f"convs.{i}.bias"]
+                x[:, :, r, c] = norm(token, w, f"norms.{i}", 1e-6)
+        expected = linear(x.permute(0, 2, 3, 1), w, f"projections.{i}")
+        torch.testing.assert_close(level, expected, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_extra_tokens_look_where_their_positions_say():
+    tokens = shaken(ExtraTokenEmbedding(3, 4).double(), 0.3)
+    got, w = tokens(2), tokens.state_dict()
+    for b in range(2):
+        assert torch.equal(got.content[b], w["content"]) and torch.equal(got.positions[b], w["position"])
+        expected = sigmoid(linear(w["position"], w, "reference_points"))
+        torch.testing.assert_close(got.references[b], expected, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [2, 4])
+def test_boxes_equal_their_definition_written_out(size):
+    """References with and without a width and height."""
+    detector = shaken(Detector(TINY, 2).double(), 0.3)
+    content, w = torch.randn(2, 5, 64, dtype=torch.float64), detector.box_head.state_dict()
+    references = 0.1 + 0.8 * torch.rand(2, 5, size, dtype=torch.float64)
+    x = linear(content, w, "0").clamp(min=0)
+    x = linear(linear(x, w, "2").clamp(min=0), w, "4")
+    x[..., :size] += torch.log(references / (1 - references))
+    got = detector.boxes(ExtraTokens(content, None, references))
+    torch.testing.assert_close(got, sigmoid(x), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_the_self_attention_adaptor_equals_its_definition_written_out():
+    adaptor = shaken(TaskAdaptor(Config(dim=16, heads=2)).double(), 0.3)
+    extra, positions, image = torch.randn(3, 2, 5, 16, dtype=torch.float64)
+    got_extra, got_image = adaptor(extra, positions, image, 1)
+    w = adaptor.state_dict()
+    expected = norm(extra + self_attention(extra, positions, w, "attention", 2), w, "norm")
+    torch.testing.assert_close(got_extra, expected, rtol=0, atol=1e-12)
+    assert torch.equal(got_image, image)
 
 
 @torch.no_grad()
@@ -289,23 +373,15 @@ def test_the_decoder_layer_equals_its_steps_written_out():
     image = ImageTokens(memory, None, None, shapes, padding, None)
     got = layer(tokens, prompts, references, memory, image)
     w = layer.state_dict()
-
-    def linear(x, name):
-        return x @ w[name + ".weight"].T + w[name + ".bias"]
-    q, k, v = ((x @ weight.T + bias).unflatten(-1, (M, -1)) for x, weight, bias in zip(
-        (tokens + prompts, tokens + prompts, tokens), w["self_attention.in_proj_weight"].split(D),
-        w["self_attention.in_proj_bias"].split(D)))  # (B, E, M, D / M) each
-    weights = (torch.einsum("bimc,bjmc->bmij", q, k) / math.sqrt(D // M)).exp()
-    related = torch.einsum("bmij,bjmc->bimc", weights / weights.sum(-1, keepdim=True), v)
-    z = norm(tokens + linear(related.flatten(2), "self_attention.out_proj"), w, "norm0")
-    value = linear(memory, "attention.value_proj")
+    z = norm(tokens + self_attention(tokens, prompts, w, "self_attention", M), w, "norm0")
+    value = linear(memory, w, "attention.value_proj")
     value[padding] = 0
     crossed = ms_deform_attn_reference(
         value.view(B, N, M, D // M), shapes, references,
-        linear(z + prompts, "attention.sampling_offsets").view(B, E, M, 4, P, 2),
-        linear(z + prompts, "attention.attention_weights").view(B, E, M, 4, P))
-    z = norm(z + linear(crossed, "attention.output_proj"), w, "norm1")
-    z = norm(z + linear(linear(z, "mlp.0").clamp(min=0), "mlp.3"), w, "norm2")
+        linear(z + prompts, w, "attention.sampling_offsets").view(B, E, M, 4, P, 2),
+        linear(z + prompts, w, "attention.attention_weights").view(B, E, M, 4, P))
+    z = norm(z + linear(crossed, w, "attention.output_proj"), w, "norm1")
+    z = norm(z + linear(linear(z, w, "mlp.0").clamp(min=0), w, "mlp.3"), w, "norm2")
     torch.testing.assert_close(got, z, rtol=0, atol=1e-12)
 
 

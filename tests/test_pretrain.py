@@ -49,6 +49,11 @@ def test_a_small_tree_by_hand(tree):
     second = math.log(3) + 2 * -math.log(math.exp(3) / (math.exp(1) + math.exp(3)))  # a tree
     got = semantic_softmax_loss(logits, torch.tensor([3, 4]), tree, 0)
     assert got.item() == pytest.approx((first + second) / 2)
+    # The mean of -log p over the classes of a level: of (1, 4, 6), of (0, 0, 0) and of (1, 3).
+    even = math.log(math.exp(1) + math.exp(4) + math.exp(6)) - 11 / 3
+    even += math.log(3) + 2 * (math.log(math.exp(1) + math.exp(3)) - 2)
+    got = semantic_softmax_loss(logits, torch.tensor([3, 4]), tree, 0.3)
+    assert got.item() == pytest.approx((0.7 * (first + second) + 0.3 * even) / 2)
 
 
 @pytest.mark.parametrize("content", [
