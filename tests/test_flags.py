@@ -64,7 +64,7 @@ def outcome(stage, folder, monkeypatch, flags) -> dict:
 
 SEEN = {"pixels", "inputs", "weights"}
 LONGER = {"order", "epochs", "micro-batches", "random", "val", "rates", "steps", "evaluated", *SEEN}
-WIDE = {"dim", "mlp_dim", "heads", "tokenizer_dim"}
+WIDE = {"dim", "mlp_dim", "heads", "tokenizer_dim", "layers"}
 TABLE = {  # flags: what differs from the plain run. The small models have no dropout and no adaptor.
     finetune: {
         "--data shapes-hard": {"val", *SEEN}, "--epochs 3": LONGER, "--lr 0.02": {"rates", "weights"},
@@ -74,7 +74,8 @@ TABLE = {  # flags: what differs from the plain run. The small models have no dr
         "--weight-decay 0": {"weights"}, "--clip 0": {"weights"}, "--dropout 0.5": {"dropout"},
         "--augment none": SEEN, "--augment paper": SEEN, "--image-size 80": {"val", *SEEN},
         "--queries 5": {"queries", "start", "weights"}, "--adaptor none": {"adaptor"},
-        "--adaptor-per-layer": {"adaptor_per_layer"}, "--variant tiny-wide": WIDE,
+        "--adaptor-per-layer": {"adaptor_per_layer"},
+        "--variant mini-wide": WIDE,
         "--structure encoder-decoder": {"structure", "adaptor"},
         "--seed 8": {"order", "random", "start", *SEEN}, "--limit-val 3": {"val"},
         "--limit-train 4": {"order", "epochs", "micro-batches", *SEEN}, "--amp bf16": {"precision"},
@@ -92,7 +93,7 @@ TABLE = {  # flags: what differs from the plain run. The small models have no dr
         "--image-size 80": {"val", *SEEN}, "--repeats 3": {"order", *SEEN},
         "--mixup 0.8": {"inputs", "weights"}, "--cutmix 1": {"inputs", "weights"},
         "--smoothing 0": {"weights"}, "--drop-path 0.5": {"drop_path"}, "--class-tokens 2": {"class_tokens"},
-        "--variant tiny-wide": WIDE, "--structure encoder-decoder": {"structure"},
+        "--variant mini-wide": {"queries", *WIDE}, "--structure encoder-decoder": {"structure"},
         "--seed 8": {"order", "random", "start", *SEEN}, "--limit-val 3": {"val"},
         "--limit-train 4": {"order", *SEEN}, "--amp bf16": {"precision"}, "--compile": {"compiled"},
         "--activation-checkpointing": {"checkpointing"}, "--eval-every 2": {"val", "evaluated"},
