@@ -291,16 +291,17 @@ def draw_files(model: torch.nn.Module, classes: list[str], args: argparse.Namesp
 @torch.no_grad()
 def draw_attention(model: torch.nn.Module, image: Image.Image, classes: list[str],
                    args: argparse.Namespace, device: torch.device, path: Path) -> None:
-    """Draws where the `--attention` best detections looked, layer by layer
-    (3.3: positions as visual prompts)."""
+    """Draws where the `--attention` best detections of different objects looked, layer by layer (3.3:
+    positions as visual prompts)."""
     config = model.encoder.config
     pixels = to_tensor(resize_to_test(image, args.image_size))[None].to(device)  # (1, 3, H, W)
     with pictures.WatchSampling(model, config.queries) as watch, engine.autocast(args, device):
         found = best_boxes(model(pixels), [image.size])[0]
-    first_of = {}  # query -> its best detection; a query may appear twice, with two classes
-    for i, query in enumerate(found["queries"].tolist()):
-        first_of.setdefault(query, i)
-    shown = list(first_of.values())[:args.attention]
+    boxes, shown, shared = found["boxes"].tolist(), [], pictures.overlap
+    for i, a in enumerate(boxes):  # the best first; two with an IoU of 0.5 are of the same object
+        if all(3 * shared(a, b) < shared(a, a) + shared(b, b) for b in (boxes[j] for j in shown)):
+            shown.append(i)
+    shown = shown[:args.attention]
     found = {k: v[shown] for k, v in found.items()}
     h, w = pixels.shape[-2:]
     padded_h, padded_w = pad_to_multiple(pixels, None, model.encoder.tokenizer.multiple)[0].shape[-2:]
@@ -309,7 +310,7 @@ def draw_attention(model: torch.nn.Module, image: Image.Image, classes: list[str
     print(f"{path}: where the {len(shown)} best detections looked")
 
 
-FIGURE_CORRUPTIONS = ("gaussian_noise", "motion_blur", "snow", "contrast", "jpeg_compression")
+FIGURE_CORRUPTIONS = ("gaussian_noise", "motion_blur", "snow")  # with more columns, labels get small
 
 
 def draw_figure(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Namespace) -> None:
@@ -325,7 +326,8 @@ def draw_figure(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Na
                 image = corrupted_picture(image, record.id, name=name, severity=severity,
                                           seed=args.seed, frost_dir=args.frost_dir)
             found = detect_image(model, image, args.image_size, args.amp)
-            cells.append(pictures.draw_detections(image, found, dataset.classes, args.threshold))
+            cells.append(pictures.draw_detections(image, found, dataset.classes, args.threshold,
+                                                  pictures.SHEET))
     titles = ["clean", *(f"{n.replace('_', ' ')} {severity}" for n in names)]
     pictures.sheet_of(cells, columns=len(titles), titles=titles).save(args.out / "figure.png")
     print(f"{args.out / 'figure.png'}: {len(cells)} pictures")

@@ -6,8 +6,11 @@ Nothing here detects. Detections come as {"scores" (n,), "labels" (n,), "boxes" 
 import functools
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
@@ -18,11 +21,12 @@ from extras.shapes import hsv
 
 STRIDE_COLOURS = ("#ffd22e", "#ff7f2a", "#e8384f", "#8a4fff")  # of the samples at strides 8, 16, 32, 64
 RIGHT, WRONG = (255, 255, 255), (255, 99, 71)  # colours of answers
+SHEET = 16  # lines of text as high as a picture of a sheet: 14-pixel text if it is shown 900 pixels wide
+readable = matplotlib.rc_context({"font.size": 13})  # the same for charts 11 inches wide
 
 
 def colour_of(label: int) -> tuple[int, int, int]:
-    """A bright RGB colour. Labels step around the colour circle by the
-    golden ratio, so neighbours differ."""
+    """A bright RGB colour. Labels step around the colour circle by the golden ratio."""
     return tuple(int(v) for v in 255 * hsv(label * 0.618034, 0.85, 1.0))
 
 
@@ -44,9 +48,7 @@ def system_fonts() -> list[str]:
 
 
 def with_font(text: str) -> tuple[str, str]:
-    """The text and a font file that has its characters. If no font
-    has them, they are escaped: \\u6b62."""
-    import matplotlib
+    """The text and a font file that has its characters. Without a font they are escaped: \\u6b62."""
     usual, needed = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", set(map(ord, text))
     if needed <= characters_in(usual):
         return text, usual
@@ -54,67 +56,86 @@ def with_font(text: str) -> tuple[str, str]:
     return (text, font) if font else (text.encode("unicode_escape").decode(), usual)
 
 
-def draw_boxes(image: Image.Image, boxes: list[tuple]) -> Image.Image:
-    """A copy of the picture with labelled boxes.
+def overlap(a: tuple, b: tuple) -> float:
+    """The area that two boxes xyxy share."""
+    width, height = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
+    return max(0, width) * max(0, height)
 
-    boxes: [(xyxy in pixels or None for the whole picture, label, RGB colour)], the last on top.
+
+def draw_boxes(image: Image.Image, boxes: list[tuple], lines: int = 32) -> Image.Image:
+    """A copy of the picture with labelled boxes. Labels avoid each other and the boxes.
+
+    boxes: [(xyxy in pixels or None for the whole picture, label, RGB colour)], the last on top; an empty
+    label gives a thin line. lines: so many lines of text are as long as the picture's longer side. Text
+    is smaller if there are more than six labels.
     """
     scale = max(1, round(400 / max(image.size)))  # enlarges small pictures, so that the text can be read
     picture = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     pen, side = ImageDraw.Draw(picture), max(picture.size)
     places = [(0, 0, *picture.size) if box is None else [float(v) * scale for v in box]
               for box, _, _ in boxes]
-    for place, (_, _, colour) in zip(places, boxes):
-        pen.rectangle(place, outline=colour, width=max(2, side // 200))
-    for (x, y, _, _), (_, label, colour) in zip(places, boxes):  # no line crosses a label
+    for place, (_, label, colour) in zip(places, boxes):
+        pen.rectangle(place, outline=colour, width=max(1, side // lines // (6 if label else 12)))
+    named = [(place, label, colour) for place, (_, label, colour) in zip(places, boxes) if label]
+    size = max(14, side / lines / max(1, len(named) / 6) ** 0.5)
+    labels = []  # (place, text, font, colour)
+    for (x0, y0, x1, y1), label, colour in named[::-1]:  # the last has the first choice
         text, file = with_font(label)
-        font = ImageFont.truetype(file, max(14, side // 28))  # at least 14 on a sheet
-        width, height = font.getlength(text) + 6, sum(font.getmetrics())
-        x, y = max(0, min(x, picture.width - width)), max(0, y - height)  # above the box, in the picture
-        pen.rectangle((x, y, x + width, y + height), fill=colour)
+        width = ImageFont.truetype(file, size).getlength(text) + 6
+        font = ImageFont.truetype(file, max(4, size * min(1, picture.width / width)))
+        w, h = font.getlength(text) + 6, sum(font.getmetrics())
+        xs = [max(0, min(x, picture.width - w)) for x in (x0, x1 - w)]
+        ys = [max(0, min(y, picture.height - h)) for y in (y0 - h, y1, y0, y1 - h)]  # above, below, in
+        spot = min(((x, y, x + w, y + h) for y in ys for x in xs),
+                   key=lambda spot: 99 * sum(overlap(spot, used) for used, *_ in labels)
+                   + sum(overlap(spot, place) for place in places))
+        labels.append((spot, text, font, colour))
+    for place, text, font, colour in labels[::-1]:  # no line crosses a label
+        pen.rectangle(place, fill=colour)
         bright = np.dot(colour, (0.299, 0.587, 0.114)) > 110
-        pen.text((x + 3, y), text, "black" if bright else "white", font)
+        pen.text((place[0] + 3, place[1]), text, "black" if bright else "white", font)
     return picture
 
 
 def draw_detections(image: Image.Image, found: dict[str, Tensor], classes: list[str],
-                    threshold: float = 0.3) -> Image.Image:
+                    threshold: float = 0.3, lines: int = 32) -> Image.Image:
     """A copy of the picture with the boxes that score at least `threshold`, their classes and scores."""
     rows = zip(*(found[k].tolist() for k in ("boxes", "labels", "scores")))
     boxes = [(box, f"{classes[label]} {score:.2f}", colour_of(label))
              for box, label, score in rows if score >= threshold]
-    return draw_boxes(image, boxes[::-1])  # the best is drawn last, on top
+    return draw_boxes(image, boxes[::-1], lines)  # the best is drawn last, on top
 
 
 def sheet_of(pictures: list[Image.Image], columns: int = 4, cell: int = 400,
              titles: list[str] | None = None) -> Image.Image:
-    """One sheet of pictures, each shrunk to at most `cell` pixels a side.
-    `titles` stand above the columns."""
+    """One sheet of pictures, at most `cell` pixels a side, with titles above the columns."""
     pictures = [ImageOps.contain(p, (cell - 8, cell - 8)) for p in pictures]
     columns, height = min(columns, len(pictures)), max(p.height for p in pictures) + 8
-    top = 36 if titles else 0
+    top = 40 if titles else 0
     sheet = Image.new("RGB", (columns * cell, top + -(-len(pictures) // columns) * height), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (title, font) in enumerate(map(with_font, titles or [])):
         at = (i * cell + cell / 2, top / 2)
-        pen.text(at, title, "black", ImageFont.truetype(font, 22), anchor="mm")
+        pen.text(at, title, "black", ImageFont.truetype(font, 26), anchor="mm")
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * cell + 4, top + i // columns * height + 4))
     return sheet
 
 
-def results_sheet(dataset, results: list[dict], count: int = 8) -> Image.Image:
-    """The first `count` images of a DetectionSet with their detections, given as COCO result dicts."""
+def results_sheet(dataset, results: list[dict], count: int = 8, threshold: float = 0.3) -> Image.Image:
+    """The first images of a DetectionSet with true boxes and detections, given as COCO result dicts."""
     label_of = {c: i for i, c in enumerate(dataset.category_ids)}
     pictures = []
     for record in dataset.records[:count]:
-        mine = sorted((r for r in results if r["image_id"] == record.id), key=lambda r: -r["score"])
-        boxes = torch.tensor([r["bbox"] for r in mine]).reshape(-1, 4)
-        found = {"scores": torch.tensor([r["score"] for r in mine]),
-                 "boxes": torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1),
-                 "labels": torch.tensor([label_of[r["category_id"]] for r in mine], dtype=torch.int64)}
-        pictures.append(draw_detections(record.image(), found, dataset.classes))
-    return sheet_of(pictures)
+        mine = [r for r in results if r["image_id"] == record.id and r["score"] >= threshold]
+        boxes = []
+        for r in sorted(mine, key=lambda r: r["score"]):
+            (x, y, w, h), label = r["bbox"], label_of[r["category_id"]]
+            boxes.append(((x, y, x + w, y + h), f"{dataset.classes[label]} {r['score']:.2f}",
+                          colour_of(label)))
+        boxes += [(box, "", "white") for box in record.boxes.tolist()]
+        pictures.append(draw_boxes(record.image(), boxes, SHEET))
+    return sheet_of(pictures, titles=["thin white line: truth"])
 
 
 def training_sheet(dataset, indices: list[int], path: Path) -> None:
@@ -126,7 +147,7 @@ def training_sheet(dataset, indices: list[int], path: Path) -> None:
         except InputError:  # a broken image: the run stops when it gets there
             continue
         boxes = [(box, dataset.classes[label], colour_of(label)) for box, label in objects]
-        pictures.append(draw_boxes(image, boxes))
+        pictures.append(draw_boxes(image, boxes, SHEET))
     if pictures:
         sheet_of(pictures).save(path)
 
@@ -139,13 +160,13 @@ def predictions_sheet(pictures: list[Image.Image], probabilities: Tensor, labels
     for picture, p, label in zip(pictures, probabilities, labels):
         best = p.argmax().item()
         text = f"{classes[best]} {p[best]:.2f}" + ("" if best == label else f", not {classes[label]}")
-        cells.append(draw_boxes(picture, [(None, text, RIGHT if best == label else WRONG)]))
+        cells.append(draw_boxes(picture, [(None, text, RIGHT if best == label else WRONG)], SHEET))
     return sheet_of(cells)
 
 
+@readable
 def draw_curves(log: list[dict], scores: tuple[str, ...], path: Path) -> None:
     """Draws a run's log: losses on the left, the named validation scores on the right."""
-    from matplotlib.figure import Figure
     losses = [e for e in log if "loss" in e]
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -155,21 +176,21 @@ def draw_curves(log: list[dict], scores: tuple[str, ...], path: Path) -> None:
                       lw=2 if key == "loss" else 1)
     for key in scores:
         measured = [e for e in log if e.get(key, -1) >= 0]  # AP is -1 on a set without objects
-        right.plot([e["step"] for e in measured], [e[key] for e in measured], "o-", ms=3, label=key)
+        right.plot([e["step"] for e in measured], [100 * e[key] for e in measured], "o-", label=key)
     left.set(xlabel="step", yscale="log", title="training loss")
-    right.set(xlabel="step", ylim=(0, 1), title="validation")
+    left.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
+    right.set(xlabel="step", ylim=(0, 100), title="validation", ylabel="percent")
     for axis in (left, right):
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend()
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=130)
 
 
 # ------------------------------------------------------------------------- where the queries look (3.3)
 
 class WatchSampling:
-    """A context manager that records where the extra tokens, the first
-    `count`, sample while the model runs.
+    """A context manager that records where the first `count` extra tokens sample while the model runs.
 
     `layers` gets one entry per layer with extra tokens: (reference points (E, 2), locations (E, M, L,
     P, 2), weights (E, M, L, P)) of the first image of a batch. Places are in [0, 1] of the padded
@@ -195,53 +216,54 @@ class WatchSampling:
             hook.remove()
 
 
+@readable
 def attention_picture(image: Image.Image, layers: list, padded: tuple[float, float],
                       found: dict[str, Tensor], classes: list[str], first_layer: int, path: Path) -> None:
-    """A row per detection, a column per layer. Each cell shows the query's reference
-    point (+) and its sampling locations as dots. A dot's area is proportional to the
-    attention weight, its colour gives the level.
+    """A row per detection, below its class and score; a column per layer. Each cell shows the box,
+    the query's reference point (+) and its sampling locations as dots. A dot's area is proportional
+    to the attention weight, its colour gives the level.
 
     Args:
         layers: of a WatchSampling. padded: (width, height) of the padded input in pixels of `image`.
         found: the detections, with "queries" (n,), the query of each. path: the PNG to write.
     """
-    from matplotlib.figure import Figure
     rows, columns, (w, h) = len(found["queries"]), len(layers), image.size
-    figure = Figure(figsize=(2.6 * columns, 2.6 * rows * h / w + 0.7), layout="constrained")
+    cell = min(2.6, 8.4 / columns)  # inches
+    figure = Figure(figsize=(cell * columns + 2.3, max(3, rows * (cell * h / w + 0.3) + 0.3)),
+                    layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     grey = np.asarray(ImageOps.grayscale(image)) * 0.75 + 40  # so that the dots stand out
+    dots = dict(alpha=0.8, linewidths=0)
     values = zip(*(found[k].tolist() for k in ("queries", "labels", "scores", "boxes")))
-    for row, (query, label, score, box) in enumerate(values):
+    for row, (query, label, score, (x0, y0, x1, y1)) in enumerate(values):
         for column, (references, locations, weights) in enumerate(layers):
             axis = axes[row, column]
             axis.imshow(grey, cmap="gray", vmin=0, vmax=255)
-            x0, y0, x1, y1 = box
-            axis.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="#3ddc97", lw=1.5)
+            axis.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="#3ddc97", lw=1.5, label="box")
             for level, colour in enumerate(STRIDE_COLOURS):
                 at = locations[query, :, level].flatten(0, 1) * torch.tensor(padded)  # (M P, 2)
-                axis.scatter(*at.T - 0.5, s=160 * weights[query, :, level].flatten(), c=colour, alpha=0.8,
-                             linewidths=0, label=f"stride {8 << level}" if row == column == 0 else None)
+                axis.scatter(*at.T - 0.5, s=300 * weights[query, :, level].flatten(), c=colour, **dots)
             axis.scatter(*(references[query] * torch.tensor(padded) - 0.5)[:, None], marker="+", s=90,
-                         c="white", linewidths=2)
-            axis.set(xlim=(-0.5, w - 0.5), ylim=(h - 0.5, -0.5), xticks=[], yticks=[])
-            if row == 0:
-                axis.set_title(f"layer {first_layer + column}", fontsize=11)
+                         c="white", linewidths=2, label="reference point")
+            axis.set(xlim=(-0.5, w - 0.5), ylim=(h - 0.5, -0.5), xticks=[], yticks=[],
+                     xlabel=f"layer {first_layer + column}" if row == rows - 1 else "")
         text, font = with_font(f"{classes[label]} {score:.2f}")
-        axes[row, 0].set_ylabel(text, font=Path(font), fontsize=11, parse_math=False)
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    legend = figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
-    for handle in legend.legend_handles:
-        handle.set_sizes([60])
+        axes[row, 0].set_title(text, loc="left", font=Path(font), fontsize=13, parse_math=False)
+    for level, colour in enumerate(STRIDE_COLOURS):
+        axes[0, 0].scatter([], [], s=60, c=colour, label=f"stride {8 << level}", **dots)
+    for weight in (0.02, 0.1, 0.3):
+        axes[0, 0].scatter([], [], s=300 * weight, c="white", label=f"weight {weight}", **dots)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", facecolor="0.5")
     figure.savefig(path, dpi=130)
 
 
 # ------------------------------------------------------------------------------------- COCO-C (Table 4)
 
+@readable
 def corruption_chart(names: tuple[str, ...], row: tuple[float, ...], clean: float,
                      paper: tuple[float, ...] | None, path: Path) -> None:
     """Bars of a row of Table 4 (the mean, then AP per corruption, in percent) and a line at the clean
     AP. The paper's row, if there is one, is drawn as marks."""
-    from matplotlib.figure import Figure
     labels = ["mean", *(n.replace("_", " ") for n in names)]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axis = figure.subplots()

@@ -188,8 +188,8 @@ def test_figure_has_a_row_per_image_and_a_column_per_corruption(checkpoint, tmp_
     run(monkeypatch, checkpoint, "--limit-val", 2, "--figure", 2, "--threshold", 2,
         "--corruptions", "contrast", "snow", "--out", tmp_path)
     sheet = Image.open(tmp_path / "figure.png")
-    assert sheet.size == (3 * 400, 36 + 2 * 400)
-    clean, dull = (np.asarray(sheet.crop((x, 40, x + 390, 430))).std((0, 1)) for x in (4, 404))
+    assert sheet.size == (3 * 400, 40 + 2 * 400)
+    clean, dull = (np.asarray(sheet.crop((x, 44, x + 390, 434))).std((0, 1)) for x in (4, 404))
     assert dull / clean == pytest.approx([0.2] * 3, abs=0.02)  # contrast at severity 3
 
 

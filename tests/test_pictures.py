@@ -2,12 +2,14 @@
 operator's output."""
 import math
 from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.ndimage import label
 
 import evaluate
 from deform_attn import MSDeformAttn
@@ -35,8 +37,8 @@ def test_sheets_have_columns_with_titles():
     cells = [Image.new("RGB", (640, 400), "red")] * 5
     assert pictures.sheet_of(cells).size == (1600, 2 * (245 + 8))  # a picture shrinks to 392 x 245
     plain, titled = (pictures.sheet_of(cells, 2, titles=titles) for titles in (None, ["one", "two"]))
-    assert titled.height == plain.height + 36
-    assert (np.asarray(titled)[:36, :400] < 128).any() and (np.asarray(titled)[:36, 400:] < 128).any()
+    assert titled.height == plain.height + 40
+    assert (np.asarray(titled)[:40, :400] < 128).any() and (np.asarray(titled)[:40, 400:] < 128).any()
 
 
 @pytest.mark.parametrize("side", [64, 800])
@@ -56,9 +58,57 @@ def test_training_sheet_has_boxes_with_readable_labels(side, tmp_path):
     cell = sheet.crop((4, 4, 396, 396))
     y, x = np.nonzero(differs(cell, pictures.colour_of(0)) < 40)
     assert np.array([x.min(), x.max(), y.max()]) / 392 == pytest.approx([0.3, 0.8, 0.9], abs=0.01)
-    assert 0.5 * 392 - y.min() >= 14  # the label is above the box
+    # The label is above the box, and high enough if the sheet is shown 900 pixels wide.
+    assert 900 / 1600 * (0.5 * 392 - y.min()) >= 14
     cell = differs(sheet.crop((404, 4, 796, 396)), pictures.colour_of(1)) < 40
     assert cell[4:14].sum() > 4 * cell[50:60].sum() > 0  # a label at the top, and a frame
+
+
+def test_results_have_the_truth_as_white_lines():
+    record = SimpleNamespace(id=7, image=lambda: Image.new("RGB", (392, 392), "grey"),
+                             boxes=np.array([[100.0, 150, 300, 350]]))
+    dataset = SimpleNamespace(records=[record], category_ids=[5, 4, 3], classes=["cat", "cow", "dog"])
+    results = [{"image_id": 7, "category_id": 3, "bbox": [50, 60, 200, 120], "score": 0.9},
+               {"image_id": 7, "category_id": 5, "bbox": [200, 200, 150, 150], "score": 0.2},
+               {"image_id": 8, "category_id": 5, "bbox": [200, 200, 150, 150], "score": 0.9}]
+    cell = pictures.results_sheet(dataset, results).crop((4, 44, 396, 436))
+    white = differs(cell, 255) == 0
+    y, x = np.nonzero(white)
+    assert (x.min(), y.min(), x.max(), y.max()) == (100, 150, 300, 350)
+    assert white[150, 100:301].all() and white[150:351, 300].all() and not white[155:345, 105:295].any()
+    y, x = np.nonzero(differs(cell, pictures.colour_of(2)) == 0)
+    assert (x.min(), x.max(), y.max()) == (50, 250, 180)
+    assert not (differs(cell, pictures.colour_of(0)) < 40).any()
+
+
+def test_labels_hide_neither_boxes_nor_labels():
+    """The inside of the boxes stays, though one lies where the other's label would be. Boxes in the same
+    place show all their labels."""
+    grey, blue = Image.new("RGB", (400, 400), "grey"), (0, 0, 99)
+    boxes = [(100, 100, 220, 180), (100, 60, 220, 100), (200, 180, 300, 300)]
+    picture = pictures.draw_boxes(grey, [(box, "a name", blue) for box in boxes])
+    for x0, y0, x1, y1 in boxes:
+        assert (differs(picture.crop((x0 + 3, y0 + 3, x1 - 3, y1 - 3)), 128) == 0).all()
+    one, four = (differs(pictures.draw_boxes(grey, [(boxes[0], "a name", blue)] * n), 255) < 50
+                 for n in (1, 4))
+    assert four.sum() == pytest.approx(4 * one.sum(), rel=0.1)
+
+
+@pytest.mark.parametrize("colour, text", [((255, 230, 0), 0), ((60, 0, 160), 255)])
+def test_text_is_black_on_bright_colours_and_white_on_dark_ones(colour, text):
+    grey = Image.new("RGB", (400, 400), "grey")
+    picture = pictures.draw_boxes(grey, [((9, 99, 300, 300), "MM", colour)])
+    black, white = ((differs(picture, v) < 20).any() for v in (0, 255))
+    assert (black, white) == (text == 0, text == 255)
+
+
+def test_long_names_are_whole():
+    """The second half of the text is in the picture, too."""
+    picture = pictures.draw_boxes(Image.new("RGB", (400, 400), "grey"),
+                                  [(None, "a very long name of a class " * 2, (0, 0, 99))], 16)
+    white = differs(picture, 255) < 50
+    assert white[:, :200].sum() == pytest.approx(white[:, 200:].sum(), rel=0.1)
+    assert not white[:, 399].any()
 
 
 @pytest.mark.parametrize("box", [(0, 0, 9, 9), (90, 0, 99, 9), (90, 90, 99, 99), (-5, -5, 105, 105)])
@@ -134,6 +184,16 @@ def test_curves_leave_out_missing_scores(tmp_path):
     assert a == b and a != c and d
 
 
+def test_curves_are_in_percent(monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    pictures.draw_curves([{"step": 1, "AP": 0.25}, {"step": 2, "AP": 0.5}], ("AP",), tmp_path / "a.png")
+    axis = drawn[0].axes[1]
+    assert axis.lines[0].get_ydata().tolist() == [25, 50]
+    assert axis.get_ylim() == (0, 100) and axis.get_ylabel() == "percent"
+
+
 @pytest.mark.parametrize("value", [math.nan, -100.0])
 def test_chart_without_numbers(value, monkeypatch, tmp_path):
     from matplotlib.figure import Figure
@@ -200,6 +260,8 @@ def test_reference_points_are_drawn_in_pixels_of_the_image(model, monkeypatch, t
     with torch.no_grad():
         model.class_head.weight[1] = model.class_head.weight[0]  # the best queries are found twice
         model.class_head.bias[1] = model.class_head.bias[0]
+        for parameter in (model.queries.content, model.queries.position):  # and each has a twin
+            parameter[25:] = parameter[:25]
     args = Namespace(image_size=80, attention=3, amp="off")
     image = Image.new("RGB", (60, 40), "teal")
     evaluate.draw_attention(model, image, list("abc"), args, torch.device("cpu"), tmp_path / "x.png")
@@ -207,7 +269,7 @@ def test_reference_points_are_drawn_in_pixels_of_the_image(model, monkeypatch, t
     for references, _, _ in drawn["layers"]:
         torch.testing.assert_close(references * drawn["padded"], expected, atol=1e-4, rtol=0)
     queries = drawn["found"]["queries"].tolist()
-    assert len(set(queries)) == 3 and (drawn["found"]["scores"].diff() <= 0).all()
+    assert len({q % 25 for q in queries}) == 3 and (drawn["found"]["scores"].diff() <= 0).all()
 
 
 def test_attention_picture_has_the_dots_in_their_places(tmp_path):
@@ -221,9 +283,7 @@ def test_attention_picture_has_the_dots_in_their_places(tmp_path):
     path = tmp_path / "x.png"
     pictures.attention_picture(image, [layer, layer], (64, 128), found, ["a", "b"], 7, path)
     picture = Image.open(path)
-    assert abs(picture.width - 2 * 2.6 * 130) < 1  # a column per layer
-
-    picture = picture.crop((0, 0, picture.width // 2, picture.height - 100))  # without the legend
+    picture = picture.crop((0, 0, int(2.6 * 130), picture.height))  # the first layer
     y, x = np.nonzero(differs(picture, (61, 220, 151)) < 12)  # the box
     inside = picture.crop((x.min(), y.min(), x.max(), y.max()))
     dot = 0.8 * np.array([255, 210, 46]) + 0.2 * 40  # alpha 0.8 on the grey of black pictures
@@ -231,3 +291,23 @@ def test_attention_picture_has_the_dots_in_their_places(tmp_path):
         y, x = np.nonzero(differs(inside, colour) < 12)
         centre = np.array([x.mean() / inside.width * 48 + 8, y.mean() / inside.height * 32 + 8])
         assert centre == pytest.approx(place, abs=1)
+
+
+def test_dots_are_as_large_as_those_of_the_legend(tmp_path):
+    """The areas of connected parts, in pixels, of samples with the weights of the legend."""
+    weights, locations = torch.zeros(1, 1, 4, 3), torch.full((1, 1, 4, 3, 2), 0.5)
+    weights[0, 0, 0] = torch.tensor([0.02, 0.1, 0.3])
+    locations[0, 0, 0, :, 0] = torch.tensor([0.2, 0.5, 0.8])
+    found = {"queries": torch.tensor([0]), "labels": torch.tensor([0]), "scores": torch.tensor([0.5]),
+             "boxes": torch.tensor([[0.0, 0, 64, 64]])}
+    pictures.attention_picture(Image.new("RGB", (64, 64)), [(torch.zeros(1, 2), locations, weights)],
+                               (64, 64), found, ["a"], 7, tmp_path / "x.png")
+    picture = Image.open(tmp_path / "x.png")
+    yellow = 0.8 * np.array([255, 210, 46]) + 0.2 * 40  # alpha 0.8 on the grey of black pictures
+    areas = []
+    for part, colour in (((0, 0, 350, picture.height), yellow),
+                         ((350, 0, *picture.size), 0.8 * 255 + 0.2 * 153)):  # on the grey of the legend
+        area = np.bincount(label(differs(picture.crop(part), colour) < 15)[0].ravel())[1:]
+        areas.append(np.sort(area[area > 8]))
+    assert areas[0] == pytest.approx(areas[1], rel=0.15, abs=2) and len(areas[0]) == 3
+    assert areas[1][2] / areas[1][1] == pytest.approx(3, rel=0.15)
