@@ -28,6 +28,7 @@ from scipy.stats import ttest_rel
 from tqdm import tqdm
 
 from engine import Help, InputError, natural, positive, read_log, run_script
+from extras.pictures import new_figure
 from extras.tables import corruption_row, markdown, mean_and_deviation, read_json
 
 PROJECT = Path(__file__).parent.parent
@@ -230,8 +231,7 @@ def write_report(lines: dict, args: argparse.Namespace) -> str:
 
 def draw(lines: dict, path: Path) -> None:
     """Draws a panel per claim: a dot per seed and the mean, in percent."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 13), layout="constrained")
+    figure = new_figure(11, 13)
     count = {claim: len({(arm, c[3]) for c in COMPARISONS if c[0] == claim for arm in c[1:3]})
              for claim in CLAIMS}
     panels = figure.subplots(len(CLAIMS), 1, height_ratios=[n + 1 for n in count.values()])
@@ -242,8 +242,8 @@ def draw(lines: dict, path: Path) -> None:
             panel.plot(values, [y] * len(values), "o", color="C0", alpha=0.4)
             if values:
                 panel.plot(np.mean(values), y, "|", color="k", ms=22, mew=2)
-        panel.set_yticks(range(len(shown)), [f"{arm} ({score})" for arm, score in shown], fontsize=12)
-        panel.set_title(f"{claim}: {text}", loc="left", fontsize=12)
+        panel.set_yticks(range(len(shown)), [f"{arm} ({score})" for arm, score in shown])
+        panel.set_title(f"{claim}: {text}", loc="left")
         panel.set(ylim=(len(shown) - 0.5, -0.5), xlabel="percent")
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=100)

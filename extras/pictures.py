@@ -6,11 +6,8 @@ Nothing here detects. Detections come as {"scores" (n,), "labels" (n,), "boxes" 
 import functools
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
@@ -22,7 +19,15 @@ from extras.shapes import hsv
 STRIDE_COLOURS = ("#ffd22e", "#ff7f2a", "#e8384f", "#8a4fff")  # of the samples at strides 8, 16, 32, 64
 RIGHT, WRONG = (255, 255, 255), (255, 99, 71)  # colours of answers
 SHEET = 16  # lines of text as high as a picture of a sheet: 14-pixel text if it is shown 900 pixels wide
-readable = matplotlib.rc_context({"font.size": 13})  # the same for charts 11 inches wide
+
+
+def new_figure(width: float, height: float):
+    """A figure of this size in inches, with text that can be read on a slide. matplotlib is imported at
+    first use, because that takes half a second."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    matplotlib.rcParams["font.size"] = 13
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def colour_of(label: int) -> tuple[int, int, int]:
@@ -49,6 +54,7 @@ def system_fonts() -> list[str]:
 
 def with_font(text: str) -> tuple[str, str]:
     """The text and a font file that has its characters. Without a font they are escaped: \\u6b62."""
+    import matplotlib
     usual, needed = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", set(map(ord, text))
     if needed <= characters_in(usual):
         return text, usual
@@ -164,11 +170,11 @@ def predictions_sheet(pictures: list[Image.Image], probabilities: Tensor, labels
     return sheet_of(cells)
 
 
-@readable
 def draw_curves(log: list[dict], scores: tuple[str, ...], path: Path) -> None:
     """Draws a run's log: losses on the left, the named validation scores on the right."""
+    from matplotlib.ticker import LogLocator
     losses = [e for e in log if "loss" in e]
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = new_figure(11, 4)
     left, right = figure.subplots(1, 2)
     for key in losses[0] if losses else ():
         if key.startswith("loss"):
@@ -216,7 +222,6 @@ class WatchSampling:
             hook.remove()
 
 
-@readable
 def attention_picture(image: Image.Image, layers: list, padded: tuple[float, float],
                       found: dict[str, Tensor], classes: list[str], first_layer: int, path: Path) -> None:
     """A row per detection, below its class and score; a column per layer. Each cell shows the box,
@@ -229,8 +234,7 @@ def attention_picture(image: Image.Image, layers: list, padded: tuple[float, flo
     """
     rows, columns, (w, h) = len(found["queries"]), len(layers), image.size
     cell = min(2.6, 8.4 / columns)  # inches
-    figure = Figure(figsize=(cell * columns + 2.3, max(3, rows * (cell * h / w + 0.3) + 0.3)),
-                    layout="constrained")
+    figure = new_figure(cell * columns + 2.3, max(3, rows * (cell * h / w + 0.3) + 0.3))
     axes = figure.subplots(rows, columns, squeeze=False)
     grey = np.asarray(ImageOps.grayscale(image)) * 0.75 + 40  # so that the dots stand out
     dots = dict(alpha=0.8, linewidths=0)
@@ -259,13 +263,12 @@ def attention_picture(image: Image.Image, layers: list, padded: tuple[float, flo
 
 # ------------------------------------------------------------------------------------- COCO-C (Table 4)
 
-@readable
 def corruption_chart(names: tuple[str, ...], row: tuple[float, ...], clean: float,
                      paper: tuple[float, ...] | None, path: Path) -> None:
     """Bars of a row of Table 4 (the mean, then AP per corruption, in percent) and a line at the clean
     AP. The paper's row, if there is one, is drawn as marks."""
     labels = ["mean", *(n.replace("_", " ") for n in names)]
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = new_figure(11, 4.2)
     axis = figure.subplots()
     axis.bar(range(len(row)), row, color=["#264653"] + ["#2a9d8f"] * len(names), label="this model")
     axis.axhline(clean, color="black", ls="--", lw=1, label=f"clean images: {tables.cell(clean)}")

@@ -2,6 +2,7 @@
 operator's output."""
 import math
 from argparse import Namespace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -217,7 +218,7 @@ def test_chart_has_a_bar_as_high_as_each_number(tmp_path):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    model = Detector(VARIANTS["tiny"], 3).eval()
+    model = Detector(replace(VARIANTS["tiny"], queries=50), 3).eval()
     with torch.no_grad():
         for p in model.parameters():  # away from the symmetric start
             p += 0.05 * torch.randn_like(p)
