@@ -3,8 +3,9 @@
 # This walk follows the paper along one picture of the generated data, and along a photograph if you
 # give one. Each step prints a few numbers and leaves a slide.
 #
-# As a script, after `python pretrain.py` and `python finetune.py`: `python docs/walkthrough.py photo.jpg`.
-# As a notebook: open this file in an editor that knows cells (VS Code, PyCharm, Spyder, jupytext).
+# First run `python pretrain.py` and `python finetune.py`. Then, as a script:
+# `python docs/walkthrough.py photo.jpg`. As a notebook: open this file in an editor that knows cells
+# (VS Code, PyCharm, Spyder, jupytext).
 
 # %%
 import argparse
@@ -22,8 +23,8 @@ import engine
 from data import EMBEDDED_SETS, corners, detection_set, read_image, to_tensor
 from evaluate import best_boxes, coco_metrics, detect, load_detector, make_folder, resize_to_test
 from extras import tables
-from extras.pictures import (STRIDE_COLOURS, WatchSampling, draw_samples, draw_table, keep_slide, new_slide,
-                             outline, show)
+from extras.pictures import STRIDE_COLOURS, WatchSampling, draw_samples
+from extras.pictures import draw_table, keep_slide, new_slide, outline, show
 from finetune import CLASS_WEIGHT, FOCAL_ALPHA, GIOU_WEIGHT, L1_WEIGHT, detection_loss, match
 from model import Classifier, Config, Detector, pad_to_multiple, sine_positions
 
@@ -86,7 +87,8 @@ print(f"validation picture {chosen}: {' and '.join(names)}\n")
 # %% [markdown]
 # ## 1. Image tokens (Sections 3.1 and A.1, Table 6)
 # A simple multi-scale tokenizer replaces the backbone: four convolutions in a chain. Their patches do
-# not overlap. The feature maps of the four levels are flattened to a sequence of N tokens.
+# not overlap. The feature maps of the four levels are flattened to a sequence of N tokens. The slide
+# shows each patch in its mean colour.
 
 
 # %%
@@ -108,7 +110,7 @@ def tokens_slide(picture, name):
 
 tokens_slide(picture, "1-tokens")
 
-# %% The photograph has the paper's size: its short side has 800 pixels.
+# %% The photograph at the size of an evaluation on COCO: 800 pixels on the short side.
 tokens_slide(resize_to_test(photograph, 800), "1-tokens-photograph") if photograph else print(NONE)
 
 # %% [markdown]
@@ -124,8 +126,10 @@ sine = sine_positions(everywhere, torch.tensor([[w, h]]).float(), config.dim)[0]
 torch.testing.assert_close(sine[0, 0] + detector.encoder.level_embed[0], tokens.positions[0, 0])
 row, column = h // 4, w // 4
 likeness = torch.cosine_similarity(sine, sine[row, column], dim=-1)  # (h, w)
+by_hand = math.sin(2 * math.pi * 0.5 / h)
 print(f"first channel of the first token: {sine[0, 0, 0]:.4f}")
-print(f"by hand, sin(2 pi 0.5 / {h}):      {math.sin(2 * math.pi * 0.5 / h):.4f}")
+print(f"by hand, sin(2 pi 0.5 / {h}):      {by_hand:.4f}")
+assert math.isclose(sine[0, 0, 0], by_hand, abs_tol=1e-5)
 
 figure, (left, right) = new_slide("2  Sines tell each token its position (3.1)", 1, 2)
 left.imshow(sine[0, :, config.dim // 2:][:, :12].T, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
@@ -319,8 +323,8 @@ keep_slide(figure, args.out / "7-matching.png")
 # %% [markdown]
 # ## 8. The losses of one image (Section 4.1; Deformable DETR)
 # The focal loss asks each query about each class. The L1 and GIoU losses compare the boxes of the
-# matched queries with the objects. All are divided by the number of matched queries. These are the
-# losses of the last layer.
+# matched queries with the objects. Each sum is multiplied by its weight and divided by the number of
+# matched queries. These are the losses of the last layer.
 
 # %%
 focal_sum = 0.0
@@ -341,14 +345,14 @@ for name, (value, weight) in sums.items():
 
 figure, (left, right) = new_slide("8  The losses of the last layer, by hand (4.1)", 1, 2)
 draw_matches(left, [f"GIoU {giou:.2f}" for giou in gious])
-draw_table(right, ["loss", "sum", "weighted", "per query"], rows)
+draw_table(right, ["loss", "sum", "weighted", "mean"], rows)
 keep_slide(figure, args.out / "8-losses.png")
 
 # %% [markdown]
 # ## 9. Average precision (Section 4.2; COCO)
 # The detections of a class are ranked by score. One is right if its IoU with an object that no better
-# one has found is 0.5 or more. COCO takes the highest precision at 101 recalls or beyond. AP50 is the
-# mean of these, and of all classes.
+# one has found is 0.5 or more. At each of 101 recalls, COCO takes the highest precision at this recall
+# or beyond. AP50 is the mean over these recalls and over the classes.
 
 # %%
 options = argparse.Namespace(amp="off", workers=0)

@@ -1,4 +1,5 @@
 """The walk along one picture, as a script and as cells, on models that have hardly been trained."""
+import ast
 import os
 import re
 import subprocess
@@ -58,12 +59,20 @@ def test_cells_in_a_notebook_without_a_photograph(trained):
     assert cells.count(here) == 1
     cells = cells.replace(here, f"Path({str(trained / 'runs')!r})")
     notebook = {**os.environ, "MPLBACKEND": "module://absent", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", cells, "-f", "kernel.json"], cwd=ROOT / "docs", text=True,
-                          capture_output=True, env=notebook, timeout=300)
+    done = subprocess.run([sys.executable, "-c", cells, "-f", "kernel.json"], cwd=ROOT / "docs",
+                          text=True, capture_output=True, env=notebook, timeout=300)
     assert done.returncode == 0, done.stderr
     check_slides(trained / "runs" / "walkthrough", SLIDES)
     check_numbers(done.stdout)
     assert done.stdout.count("skipped") == 2
+
+
+def test_each_cell_ends_with_its_slide():
+    """A notebook shows the last expression of a cell."""
+    cells = re.split(r"^# %%.*$", (ROOT / "docs" / "walkthrough.py").read_text(), flags=re.MULTILINE)
+    last = [ast.parse(cell).body[-1] for cell in cells if "_slide(" in cell]
+    assert len(last) == len(SLIDES | OF_THE_PHOTOGRAPH)
+    assert all(isinstance(statement, ast.Expr) for statement in last)
 
 
 @pytest.mark.parametrize("flags, says", [
