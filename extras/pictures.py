@@ -1,5 +1,5 @@
 """Pictures: training items, training curves, detections on images and sheets of them (Figure 3),
-classified images, the places where the queries look, and the bar chart of COCO-C.
+classified images, the places where the queries look, the bar chart of COCO-C, and the parts of a slide.
 
 Nothing here detects. Detections come as {"scores" (n,), "labels" (n,), "boxes" (n, 4) xyxy in pixels}.
 """
@@ -21,12 +21,12 @@ RIGHT, WRONG = (255, 255, 255), (255, 99, 71)  # colours of answers
 SHEET = 16  # lines of text as high as a picture of a sheet: 14-pixel text if it is shown 900 pixels wide
 
 
-def new_figure(width: float, height: float):
-    """A figure of this size in inches, with text that can be read on a slide. matplotlib is imported at
-    first use, because that takes half a second."""
+def new_figure(width: float, height: float, text: float = 13):
+    """A figure of this size in inches; text: its size in points. matplotlib is imported at first use,
+    because that takes half a second."""
     import matplotlib
     from matplotlib.figure import Figure
-    matplotlib.rcParams["font.size"] = 13
+    matplotlib.rcParams["font.size"] = text
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -222,6 +222,20 @@ class WatchSampling:
             hook.remove()
 
 
+DOTS = dict(alpha=0.8, linewidths=0)
+
+
+def draw_samples(axis, reference: Tensor, locations: Tensor, weights: Tensor, padded: tuple[float, float],
+                 scale: float = 1) -> None:
+    """Draws on a matplotlib axis where one token samples: its reference point (2,) as a +, its locations
+    (M, L, P, 2) as dots. padded: as in `attention_picture`. scale: enlarges all areas."""
+    for level, colour in enumerate(STRIDE_COLOURS):
+        at = locations[:, level].flatten(0, 1) * torch.tensor(padded)  # (M P, 2)
+        axis.scatter(*at.T - 0.5, s=300 * scale * weights[:, level].flatten(), c=colour, **DOTS)
+    axis.scatter(*(reference * torch.tensor(padded) - 0.5)[:, None], marker="+", s=90 * scale, c="white",
+                 linewidths=2 * scale ** 0.5, label="reference point")
+
+
 def attention_picture(image: Image.Image, layers: list, padded: tuple[float, float],
                       found: dict[str, Tensor], classes: list[str], first_layer: int, path: Path) -> None:
     """A row per detection, below its class and score; a column per layer. Each cell shows the box,
@@ -237,26 +251,21 @@ def attention_picture(image: Image.Image, layers: list, padded: tuple[float, flo
     figure = new_figure(cell * columns + 2.3, max(3, rows * (cell * h / w + 0.3) + 0.3))
     axes = figure.subplots(rows, columns, squeeze=False)
     grey = np.asarray(ImageOps.grayscale(image)) * 0.75 + 40  # so that the dots stand out
-    dots = dict(alpha=0.8, linewidths=0)
     values = zip(*(found[k].tolist() for k in ("queries", "labels", "scores", "boxes")))
     for row, (query, label, score, (x0, y0, x1, y1)) in enumerate(values):
         for column, (references, locations, weights) in enumerate(layers):
             axis = axes[row, column]
             axis.imshow(grey, cmap="gray", vmin=0, vmax=255)
             axis.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="#3ddc97", lw=1.5, label="box")
-            for level, colour in enumerate(STRIDE_COLOURS):
-                at = locations[query, :, level].flatten(0, 1) * torch.tensor(padded)  # (M P, 2)
-                axis.scatter(*at.T - 0.5, s=300 * weights[query, :, level].flatten(), c=colour, **dots)
-            axis.scatter(*(references[query] * torch.tensor(padded) - 0.5)[:, None], marker="+", s=90,
-                         c="white", linewidths=2, label="reference point")
+            draw_samples(axis, references[query], locations[query], weights[query], padded)
             axis.set(xlim=(-0.5, w - 0.5), ylim=(h - 0.5, -0.5), xticks=[], yticks=[],
                      xlabel=f"layer {first_layer + column}" if row == rows - 1 else "")
         text, font = with_font(f"{classes[label]} {score:.2f}")
         axes[row, 0].set_title(text, loc="left", font=Path(font), fontsize=13, parse_math=False)
     for level, colour in enumerate(STRIDE_COLOURS):
-        axes[0, 0].scatter([], [], s=60, c=colour, label=f"stride {8 << level}", **dots)
+        axes[0, 0].scatter([], [], s=60, c=colour, label=f"stride {8 << level}", **DOTS)
     for weight in (0.02, 0.1, 0.3):
-        axes[0, 0].scatter([], [], s=300 * weight, c="white", label=f"weight {weight}", **dots)
+        axes[0, 0].scatter([], [], s=300 * weight, c="white", label=f"weight {weight}", **DOTS)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", facecolor="0.5")
     figure.savefig(path, dpi=130)
 
@@ -279,3 +288,49 @@ def corruption_chart(names: tuple[str, ...], row: tuple[float, ...], clean: floa
     axis.grid(axis="y", alpha=0.3)
     axis.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     figure.savefig(path, dpi=130)
+
+
+# ---------------------------------------------------------------- parts of a slide (docs/walkthrough.py)
+
+def new_slide(title: str, rows: int = 1, columns: int = 1):
+    """A matplotlib figure of 16:9 with large letters, and its axes."""
+    figure = new_figure(12.8, 7.2, text=20)
+    figure.get_layout_engine().set(w_pad=0.2, h_pad=0.15)
+    figure.suptitle(title, fontsize=28)
+    return figure, figure.subplots(rows, columns)
+
+
+def keep_slide(figure, path: Path) -> Image.Image:
+    """Saves a slide. Returns it as a picture, which a notebook shows without a backend of matplotlib."""
+    figure.savefig(path, dpi=150)
+    print(f"slide: {path}\n")
+    return Image.open(path)
+
+
+def show(axis, image: Image.Image, title: str = "", pale: bool = False) -> None:
+    """Draws a picture without ticks. pale: so that dots and lines stand out."""
+    if pale:
+        image = Image.blend(ImageOps.grayscale(image).convert("RGB"), image, 0.3)
+        image = Image.blend(image, Image.new("RGB", image.size, "grey"), 0.3)
+    axis.imshow(image, interpolation="nearest")
+    axis.set(xticks=[], yticks=[], title=title, autoscale_on=False)
+
+
+def outline(axis, box: Tensor, colour: str, style: str = "-", text: str = "") -> None:
+    """Draws a box (4,) xyxy in pixels, and a text in its middle."""
+    x0, y0, x1, y1 = (box - 0.5).tolist()
+    axis.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], style, color=colour, lw=5, clip_on=False)
+    if text:
+        label = axis.text((x0 + x1) / 2, (y0 + y1) / 2, text, ha="center", va="center", parse_math=False)
+        label.set_bbox({"facecolor": colour, "edgecolor": "none"})
+
+
+def draw_table(axis, header: list[str], rows: list[list[str]], marked: tuple = (),
+               colour: str = "white") -> None:
+    """A table in large letters. marked: (row, column) of the cells in `colour`."""
+    axis.axis("off")
+    table = axis.table(rows, colLabels=header, cellLoc="center", bbox=(0, 0.05, 1, 0.9))
+    table.auto_set_font_size(False)
+    table.set_fontsize(20)
+    for row, column in marked:
+        table[row + 1, column].set_facecolor(colour)
