@@ -103,7 +103,7 @@ FLAGS = ["--limit-train", "6", "--batch-size", "4", "--micro-batch", "2", "--dev
 
 @pytest.mark.parametrize("stage, flags, images", [
     ("finetune", ["--workers", "1", "--epochs", "5"], 5 * 6),
-    ("finetune", ["--layout", "released"], 14 * 6),
+    ("finetune", ["--layout", "released"], 7 * 6),
     ("pretrain", ["--mixup", "0.8"], 4 * 4)])  # an incomplete last batch is dropped
 def test_a_stage_is_measured_and_nothing_is_written(tmp_path, monkeypatch, capsys, stage, flags, images):
     monkeypatch.chdir(tmp_path)

@@ -117,7 +117,7 @@ def test_the_first_line_says_what_is_trained_on_what(tmp_path, capsys):
     call(tmp_path, "finetune.py", *OWN, "--queries", 5)
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if line.startswith("tiny: "))
-    for part in ("0.8M parameters", "8 classes", f"16 images, {objects} objects", "2 steps per epoch",
+    for part in ("0.4M parameters", "8 classes", f"16 images, {objects} objects", "2 steps per epoch",
                  "left out: 1 crowd regions, 1 empty, 1 outside of their image", "2 in all",
                  "cpu, float32, attention by "):
         assert part in line

@@ -11,7 +11,7 @@ from extras.released import ReleasedAdaptor, released_layout
 from model import (VARIANTS, Classifier, Config, DecoderLayer, Detector, DropPath, EncoderLayer,
                    ExtraTokenEmbedding, ExtraTokens, ImageTokens, TaskAdaptor, Tokenizer, sine_positions)
 
-TINY = replace(VARIANTS["tiny"], layers=12, entry_layer=7)  # as in the paper
+TINY = replace(VARIANTS["tiny"], layers=12, entry_layer=7, queries=50)  # as in the paper
 ENCODER_DECODER = dict(structure="encoder-decoder", adaptor="none")
 ROWS = {"none": dict(adaptor="none"),  # of Table 3
         "Bi-LSTM per layer": dict(adaptor="bilstm", adaptor_per_layer=True),

@@ -224,7 +224,7 @@ def test_pre_training_follows_deits_recipe(mixing, micro_batch, tmp_path, monkey
 def test_the_rates_of_stochastic_depth_and_dropout_reach_all_layers():
     rates = [layer.drop_path.rate for layer in
              Classifier(replace(VARIANTS["tiny"], drop_path=0.22), 2).encoder.layers]
-    assert rates == pytest.approx(np.linspace(0, 0.22, 12).tolist())
+    assert rates == pytest.approx(np.linspace(0, 0.22, 6).tolist())
     modules = Detector(replace(VARIANTS["tiny"], dropout=0.3), 2).modules()
     found = [m.p for m in modules if isinstance(m, nn.Dropout)]
-    assert len(found) >= 24 and set(found) == {0.3}
+    assert len(found) >= 12 and set(found) == {0.3}
