@@ -1,8 +1,9 @@
 """The paper's claims on small pictures: trains what each claim compares, and says what came out.
 
-    python -m extras.claims              trains what is missing: a night on 2 cores for eight seeds
-    python -m extras.claims --seeds 0    only the report of what is finished
-    python -m extras.claims --quick      much shorter training, to see that everything runs
+    python -m extras.claims                trains what is missing: a night on 2 cores for eight seeds
+    python -m extras.claims --claims C1    only the runs of this claim
+    python -m extras.claims --seeds 0      only the report of what is finished
+    python -m extras.claims --quick        much shorter training, to see that everything runs
 
 The same command goes on where it stopped. It runs pretrain.py, finetune.py and evaluate.py, as many at
 a time as there are cores. Every finished run adds a line to docs/claims.jsonl, and the report is made
@@ -117,7 +118,8 @@ def read_lines(args: argparse.Namespace) -> dict[tuple[str, int], dict]:
 def missing(lines: dict, args: argparse.Namespace) -> list[tuple[str, int]]:
     """The runs to be made, each after the one it starts from. A finished run is made again if another
     one needs its checkpoint, which is on another machine."""
-    wanted = {(arm, seed) for arm in ARMS for seed in range(args.seeds)} - set(lines)
+    arms = {arm for claim, *pair, _, _ in COMPARISONS if claim in args.claims for arm in pair}
+    wanted = {(arm, seed) for arm in arms for seed in range(args.seeds)} - set(lines)
     for arm, seed in list(wanted):
         start = ARMS[arm][1]
         while start and not (args.out / f"{start}-{seed}" / "metrics.json").exists():
@@ -251,6 +253,8 @@ def draw(lines: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--claims", nargs="+", choices=CLAIMS, default=list(CLAIMS),
+                        help="train for these (default: all)")
     parser.add_argument("--seeds", type=natural, default=8, help="how many, from 0 on")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="scripts at a time")
     parser.add_argument("--quick", action="store_true", help="train far too short for verdicts")

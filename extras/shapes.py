@@ -112,14 +112,14 @@ def hsv(hue: float, saturation: float, value: float) -> np.ndarray:
 # ---------------------------------------------------------------------- the sets, as data.py reads them
 
 def detection_pictures(data: str, split: str, limit: int | None) -> tuple[list[Image.Image], dict]:
-    """The embedded detection set: 10,000 training and 1,000 validation pictures of 64 x 64 pixels. A
+    """The embedded detection set: 8,000 training and 1,000 validation pictures of 64 x 64 pixels. A
     picture's generator is seeded by its split and number, so the splits share no picture.
 
     Returns:
         the pictures, and their annotations in COCO format.
     """
     pictures, annotations = [], []
-    for i in range({"train": 10_000, "val": 1000}[split])[:limit]:
+    for i in range({"train": 8000, "val": 1000}[split])[:limit]:
         rng = np.random.default_rng((20220425, split == "val", i))
         image, boxes, labels = shape_scene(rng, colours=EMBEDDED_SETS[data])
         pictures.append(image)

@@ -141,9 +141,14 @@ def test_on_another_machine_a_checkpoint_is_made_again_but_not_its_line(run, pro
     assert len((project / "docs" / "claims.jsonl").read_text().splitlines()) == 17
 
 
+def test_a_claim_runs_its_arms_and_their_starts_alone(run):
+    _, calls = run("--seeds", "1", "--claims", "C5", "--jobs", "1")
+    assert calls == ["stage 1-0", "stage 1, wide-0", "FP-DETR-0", "wide-0"]
+
+
 def test_quick_runs_leave_the_lines_alone(run, project):
     page, calls = run("--seeds", "1", "--quick")
-    assert "far too short" in page and len(calls) == 17
+    assert "far too short" in page and len(calls) == len(set(calls)) == 17
     assert not (project / "docs" / "claims.jsonl").exists()
 
 
