@@ -41,8 +41,8 @@ TRAINING_CODE = ("model.py", "deform_attn.py", "deform_attn_kernel.cu", "data.py
 # -------------------------------------------------------------------------------------- the experiments
 
 RECIPES = {  # what all runs of a script have
-    "pretrain.py": "--variant mini --data shapes-hard --epochs 6 --eval-every 6",
-    "finetune.py": "--variant mini --data shapes-hard --limit-train 4000 --epochs 10 --eval-every 1",
+    "pretrain.py": "--variant mini --data shapes-hard --epochs 4 --eval-every 4",
+    "finetune.py": "--variant mini --data shapes-hard --limit-train 4000 --epochs 12 --eval-every 2",
     "evaluate.py": "--data shapes-hard --limit-val 500 --corruptions all --batch-size 25",
 }
 SHORT = {  # --quick
@@ -50,7 +50,7 @@ SHORT = {  # --quick
     "finetune.py": "--limit-train 32 --limit-val 16 --epochs 1",
     "evaluate.py": "--limit-val 4 --severities 3",
 }
-FEW = "--limit-train 150 --epochs 160 --eval-every 16"
+FEW = "--limit-train 150 --epochs 160 --eval-every 20"
 BILSTM, DECODER, WIDE = "--adaptor bilstm", "--structure encoder-decoder", "--variant mini-wide"
 ARMS = {  # a run per seed -> script, the arm it starts from, flags beside the recipe's
     "stage 1": ("pretrain.py", None, ""),
