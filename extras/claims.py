@@ -266,7 +266,7 @@ def main() -> None:
                   for arm, (script, _, more) in ARMS.items()}
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=PROJECT, capture_output=True)
     args.commit = git.stdout.decode().strip()
-    args.env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
+    args.env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many runs at a time as cores, a thread each
     args.end_with_parent = None
     if sys.platform == "linux":  # children get SIGTERM even if this process is killed
         args.end_with_parent = partial(ctypes.CDLL(None).prctl, 1, signal.SIGTERM)  # PR_SET_PDEATHSIG
