@@ -175,6 +175,7 @@ MUTATIONS = [  # the mistake, its file, the right text, the wrong text, the test
      "claims"),
     ("the test of a claim is not paired", "extras/claims.py", "test = ttest_rel(",
      "from scipy.stats import ttest_ind\n    test = ttest_ind(", "claims"),
+    ("objects may hide each other", "extras/shapes.py", ">= 0.8 * size", ">= 0.0 * size", "data"),
     ("ground truth is not clipped", "data.py", "        xywh = np.concatenate([self.boxes[:, :2], ",
      "        xywh = np.concatenate([self.boxes[:, :2] - 1, ", "data"),
     ("resumed entries stay twice", "engine.py", "if e[\"step\"] <= entry[\"step\"]", "if True",
