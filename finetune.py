@@ -103,7 +103,9 @@ def detection_loss(outputs: dict, targets: list[dict],
             `targets`. (Released code. Deformable DETR divides by the number of objects, which is the
             same unless an image has more objects than queries.)
     Returns:
-        {"loss_class", "loss_bbox", "loss_giou"}: scalars, already weighted by 2, 5, 2.
+        {"loss_class", "loss_bbox", "loss_giou"}: scalars, already weighted by 2, 5, 2. The first sums
+        the focal loss of all queries and classes, with alpha for the true class of a matched query and
+        1 - alpha elsewhere. The others sum |difference of cxcywh| and 1 - GIoU of the matched boxes.
     """
     layers = [*outputs["aux_outputs"], outputs]
     # All layers are matched at once, as one large batch.

@@ -129,10 +129,12 @@ def sine_positions(valid: Tensor, counts: Tensor, dim: int) -> Tensor:
     [0, 2 pi] (as in Deformable DETR).
 
     Args:
-        valid: (B, h, w) bool, False at padding. counts: (B, 2), the number of valid columns and rows.
+        valid: (B, h, w) bool, False at padding. counts: (B, 2), the number of valid columns and rows, a
+            fraction if the last patch is not whole.
     Returns:
-        (B, h, w, dim) in the dtype of `counts`: channels of y, then of x. Channels 2i and 2i + 1 of
-        each are the sine and cosine of its angle divided by 10000^(4i / dim).
+        (B, h, w, dim) in the dtype of `counts`: channels of y, then of x. The k-th valid row of n, from
+        1 on, has the angle 2 pi (k - 0.5) / n. Channels 2i and 2i + 1 of each half are the sine and
+        cosine of its angle divided by 10000^(4i / dim). Values at padding do not matter.
     """
     dtype, places = counts.dtype, []
     for axis in (1, 2):
@@ -228,8 +230,9 @@ class TaskAdaptor(nn.Module):
         return self.norm(self.mix_queries(extra, positions)), memory
 
     def mix_queries(self, extra: Tensor, positions: Tensor) -> Tensor:
-        """Adds to each query a message from the others: extra, positions (B, E, D) -> (B, E, D). The
-        positions are added to the attention's queries and keys, or to the LSTM's inputs."""
+        """Adds to each query a message from the others: extra, positions (B, E, D) -> (B, E, D), without
+        the norm. Positions are added to the attention's queries and keys, not to its values; or to the
+        LSTM's inputs, whose two directions are added. Dropout acts on the message."""
         prompted = extra + positions
         if hasattr(self, "lstm"):
             both, _ = self.lstm(prompted)  # (B, E, D / 2)
@@ -510,8 +513,9 @@ class Detector(nn.Module):
         return replace(queries, content=content), memory
 
     def boxes(self, queries: ExtraTokens) -> Tensor:
-        """(B, Q, 4) float32 cxcywh in [0, 1], predicted relative to the reference points (Deformable
-        DETR): to their centres, and to their sizes if a fork gives them."""
+        """(B, Q, 4) cxcywh in [0, 1] in float32 or wider, also of 16-bit content. The box head predicts them
+        relative to the reference points, before a sigmoid (Deformable DETR): to their centres, and to
+        their sizes if a fork gives them."""
         with torch.autocast(queries.content.device.type, enabled=False):
             start = inverse_sigmoid(queries.references)
             start = F.pad(start, (0, 4 - start.shape[-1]))  # adds 0 to width and height

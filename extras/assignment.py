@@ -3,9 +3,10 @@
     python -m extras.assignment OUT              writes the assignment into the folder OUT
     python -m extras.assignment --grade OUT      prints the points of each part and the total
 
-For students: in OUT, twelve functions have no body. Write the bodies, in any order. Imports and helpers
-belong inside them, because nothing else is graded. `--grade .` inside OUT checks your work. There, a
-part also needs the other parts that it calls.
+For students: in OUT, twelve functions have no body. Search for "your part" and write the bodies.
+Imports and helpers belong inside them, because nothing else is graded. `--grade .` inside OUT checks
+your work. There, a part waits for the other parts that it calls: losses for matching, matching for GIoU.
+The tests spell out many formulas, so look there last.
 
 For teachers: run both commands in the whole project. Each part is graded alone: the student's function
 takes the place of ours, and the tests and all other code are ours. It has its points if all its tests
@@ -27,7 +28,8 @@ from engine import InputError
 
 ROOT = Path(__file__).parent.parent
 COPIED = "*.py *.cu *.md *.toml *.txt LICENSE .gitignore docs/* extras/*.py tests/*.* tests/forks/*.py"
-LEFT_OUT = "mutations.py", "test_mutations.py", "test_assignment.py"  # they quote solutions
+LEFT_OUT = ("answers.md", "walkthrough.py", "test_walkthrough.py", "mutations.py", "test_mutations.py",
+            "test_assignment.py")  # they hold solutions
 POINTS = 10  # of each part
 PARTS = [  # title, module, function, and which tests of the module's test file (as pytest's -k)
     ("sine positions (3.1)", "model", "sine_positions", "sine_positions"),
@@ -79,7 +81,11 @@ class Outcome:
     def pytest_runtest_logreport(self, report) -> None:
         self.passed += report.when == "call" and report.passed
         if not report.passed:  # a skipped test is a problem, too
-            self.problem = str(getattr(report.longrepr, "reprcrash", report.longrepr))
+            crash = getattr(report.longrepr, "reprcrash", None)
+            text = str(crash.message if crash else report.longrepr).splitlines()[0]
+            self.problem = f"{report.location[2]}: {text}"
+            if "your part: " in text:
+                self.problem = "waits for " + text.partition("your part: ")[2]
 
 
 def grade(path: Path, name: str, tests: str, limit: float) -> str:
@@ -113,14 +119,15 @@ def main() -> None:
     args = parser.parse_args()
     if not args.grade:
         write(args.out)
-        print(f"{args.out}: {len(PARTS)} parts of {POINTS} points")
+        print(f"{args.out}: {len(PARTS)} parts of {POINTS} points. Students search for 'your part', write "
+              f"the bodies, and check them there by python -m extras.assignment --grade .")
         return
     paths = [args.out / f"{module}.py" for _, module, *_ in PARTS]
     if absent := [path.name for path in paths if not path.is_file()]:
         raise InputError(f"{args.out} is no assignment: it has no {absent[0]}")
     total = 0
     for path, (title, _, name, tests) in zip(paths, PARTS):
-        problem = grade(path, name, tests, args.limit)
+        problem = grade(path, name, tests, args.limit).replace(f"waits for {title}", "not begun")
         total += 0 if problem else POINTS
         print(f"{title:28}{0 if problem else POINTS:4}  {problem}".rstrip(), flush=True)
     print(f"{'total':28}{total:4}  of {POINTS * len(PARTS)}")

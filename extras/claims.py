@@ -51,7 +51,8 @@ SHORT = {  # --quick
     "evaluate.py": "--limit-val 4 --severities 3",
 }
 FEW = "--limit-train 150 --epochs 160 --eval-every 20"
-BILSTM, DECODER, WIDE = "--adaptor bilstm", "--structure encoder-decoder", "--variant mini-wide"
+BILSTM, DECODER = "--adaptor bilstm", "--structure encoder-decoder"
+WIDE = "--variant mini-wide --lr 5e-4"
 ARMS = {  # a run per seed -> script, the arm it starts from, flags beside the recipe's
     "stage 1": ("pretrain.py", None, ""),
     "stage 1, wide": ("pretrain.py", None, WIDE),

@@ -62,7 +62,7 @@ def test_the_assignment_scores_nothing_and_says_why(tmp_path):
                                ("finetune.py", "def giou(", "def iou("),
                                ("evaluate.py", 'raise NotImplementedError("your', 'while True: ("')):
         (out / file).write_text(plant(right, wrong, (out / file).read_text()))
-    says = {title: f"NotImplementedError: your part: {title}" for title in TITLES}
+    says = dict.fromkeys(TITLES, "not begun")
     says |= {"semantic softmax (A.3)": "invalid syntax (pretrain.py, line ",
              "GIoU (4.1)": "finetune.py has no function giou",
              "best boxes (4.1)": "did not come to an end within 5 seconds"}

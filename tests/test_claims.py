@@ -216,5 +216,5 @@ def test_the_arms_of_a_claim_differ_in_what_it_compares():
         decoder = "--structure encoder-decoder"
         assert flags[start] == f"pretrain.py {decoder} --class-tokens {tokens.split()[0]}"
         assert flags[f"FP-EncDec, {tokens}"] == f"finetune.py {decoder}"
-    assert flags["wide"] == "finetune.py --variant mini-wide"
-    assert flags[starts["wide"]].startswith("pretrain.py --variant mini-wide")
+    assert flags["wide"] == "finetune.py --variant mini-wide --lr 5e-4"
+    assert flags[starts["wide"]] == "pretrain.py --variant mini-wide --lr 5e-4"

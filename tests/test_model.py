@@ -320,6 +320,10 @@ def test_boxes_equal_their_definition_written_out(size):
     x[..., :size] += torch.log(references / (1 - references))
     got = detector.boxes(ExtraTokens(content, None, references))
     torch.testing.assert_close(got, sigmoid(x), rtol=0, atol=1e-12)
+    detector.float()
+    rounded = detector.boxes(ExtraTokens(content.bfloat16(), None, references.float()))  # as of autocast
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded.double(), got, rtol=0, atol=0.02)
 
 
 @torch.no_grad()
@@ -331,6 +335,8 @@ def test_the_self_attention_adaptor_equals_its_definition_written_out():
     expected = norm(extra + self_attention(extra, positions, w, "attention", 2), w, "norm")
     torch.testing.assert_close(got_extra, expected, rtol=0, atol=1e-12)
     assert torch.equal(got_image, image)
+    adaptor.train().dropout.p = 1.0  # no message comes through
+    assert torch.equal(adaptor.mix_queries(extra, positions), extra)
 
 
 @torch.no_grad()
