@@ -232,7 +232,7 @@ class TaskAdaptor(nn.Module):
     def mix_queries(self, extra: Tensor, positions: Tensor) -> Tensor:
         """Adds to each query a message from the others: extra, positions (B, E, D) -> (B, E, D), without
         the norm. Positions are added to the attention's queries and keys, not to its values; or to the
-        LSTM's inputs, whose two directions are added. Dropout acts on the message."""
+        LSTM's inputs. The two directions of the LSTM are added. Dropout acts on the message."""
         prompted = extra + positions
         if hasattr(self, "lstm"):
             both, _ = self.lstm(prompted)  # (B, E, D / 2)
