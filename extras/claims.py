@@ -56,6 +56,7 @@ WIDE = "--variant mini-wide --lr 5e-4"
 ARMS = {  # a run per seed -> script, the arm it starts from, flags beside the recipe's
     "stage 1": ("pretrain.py", None, ""),
     "stage 1, wide": ("pretrain.py", None, WIDE),
+    "stage 1, augmented": ("pretrain.py", None, "--augment deit --epochs 16 --eval-every 16"),
     "stage 1, FP-EncDec, 1 class token": ("pretrain.py", None, f"{DECODER} --class-tokens 1"),
     "stage 1, FP-EncDec, 75 class tokens": ("pretrain.py", None, f"{DECODER} --class-tokens 75"),
     "FP-DETR": ("finetune.py", "stage 1", ""),
@@ -69,7 +70,8 @@ ARMS = {  # a run per seed -> script, the arm it starts from, flags beside the r
     "FP-EncDec, 1 class token": ("finetune.py", "stage 1, FP-EncDec, 1 class token", DECODER),
     "FP-EncDec, 75 class tokens": ("finetune.py", "stage 1, FP-EncDec, 75 class tokens", DECODER),
     "wide": ("finetune.py", "stage 1, wide", WIDE),
-    "FP-DETR, corrupted": ("evaluate.py", "FP-DETR", ""),
+    "augmented": ("finetune.py", "stage 1, augmented", ""),
+    "augmented, corrupted": ("evaluate.py", "augmented", ""),
     "from scratch, corrupted": ("evaluate.py", "from scratch", ""),
 }
 CLAIMS = {
@@ -87,7 +89,7 @@ COMPARISONS = [  # claim, the arm that the paper says is better, the other, scor
     ("C2", "Bi-LSTM", "no adaptor", "AP", "34.9, 32.8"),
     ("C2", "FP-DETR", "self-attention, per layer", "AP", "37.2, 36.8"),
     ("C2", "Bi-LSTM", "Bi-LSTM, per layer", "AP", "34.9, 34.6"),
-    ("C3", "FP-DETR, corrupted", "from scratch, corrupted", "rPC", ""),
+    ("C3", "augmented, corrupted", "from scratch, corrupted", "rPC", ""),
     ("C4", "FP-DETR", "FP-EncDec, 75 class tokens", "AP", "37.2, 35.2"),
     ("C4", "FP-EncDec, 75 class tokens", "FP-EncDec, 1 class token", "AP", "35.2, 33.1"),
     ("C4", "stage 1", "stage 1, FP-EncDec, 75 class tokens", "top1", "77.3, 76.4"),

@@ -78,9 +78,9 @@ def run(project, monkeypatch):
 
 def test_every_arm_is_run_once_and_reported(run, project):
     page, calls = run("--seeds", "3")
-    assert len(calls) == len(set(calls)) == 3 * len(claims.ARMS) == 51
+    assert len(calls) == len(set(calls)) == 3 * len(claims.ARMS) == 57
     lines = [json.loads(line) for line in (project / "docs" / "claims.jsonl").read_text().splitlines()]
-    assert len(lines) == 51
+    assert len(lines) == 57
     one = next(e for e in lines if e["arm"] == "FP-DETR" and e["seed"] == 1)
     assert set(one) == {"claim", "arm", "seed", "flags", "commit", "code", "minutes", "scores"}
     assert one["claim"] == "C1 C2 C4 C5" and one["flags"] == claims.RECIPES["finetune.py"]
@@ -119,10 +119,10 @@ def test_lines_of_other_code_or_flags_do_not_count(run, project, monkeypatch):
     (project / "model.py").write_text("x = 1\n", encoding="utf-8")
     monkeypatch.setitem(claims.ARMS, "no adaptor", ("finetune.py", "stage 1", "--adaptor none --lr 1"))
     _, calls = run("--seeds", "1")
-    assert calls[17:] == ["no adaptor-0"]  # its flags are others now
+    assert calls[19:] == ["no adaptor-0"]  # its flags are others now
     (project / "model.py").write_text("x = 2\n", encoding="utf-8")
     with open(project / "docs" / "claims.jsonl", encoding="utf-8") as f:
-        assert len(f.readlines()) == 18
+        assert len(f.readlines()) == 20
     monkeypatch.setattr("sys.argv", ["claims.py", "--seeds", "0"])
     claims.main()
     page = (project / "runs" / f"claims-{claims.digest_of_code()}" / "report.md").read_text()
@@ -134,11 +134,11 @@ def test_on_another_machine_a_checkpoint_is_made_again_but_not_its_line(run, pro
     lines = (project / "docs" / "claims.jsonl").read_text().splitlines()
     for old in (project / "runs").glob("claims-*/*/metrics.json"):
         old.unlink()
-    kept = [e for e in lines if json.loads(e)["arm"] != "FP-DETR, corrupted"]
+    kept = [e for e in lines if json.loads(e)["arm"] != "augmented, corrupted"]
     (project / "docs" / "claims.jsonl").write_text("\n".join(kept) + "\n")
     _, calls = run("--seeds", "1")
-    assert calls[17:] == ["stage 1-0", "FP-DETR-0", "FP-DETR, corrupted-0"]
-    assert len((project / "docs" / "claims.jsonl").read_text().splitlines()) == 17
+    assert calls[19:] == ["stage 1, augmented-0", "augmented-0", "augmented, corrupted-0"]
+    assert len((project / "docs" / "claims.jsonl").read_text().splitlines()) == 19
 
 
 def test_a_claim_runs_its_arms_and_their_starts_alone(run):
@@ -148,7 +148,7 @@ def test_a_claim_runs_its_arms_and_their_starts_alone(run):
 
 def test_quick_runs_leave_the_lines_alone(run, project):
     page, calls = run("--seeds", "1", "--quick")
-    assert "far too short" in page and len(calls) == len(set(calls)) == 17
+    assert "far too short" in page and len(calls) == len(set(calls)) == 19
     assert not (project / "docs" / "claims.jsonl").exists()
 
 
@@ -216,5 +216,7 @@ def test_the_arms_of_a_claim_differ_in_what_it_compares():
         decoder = "--structure encoder-decoder"
         assert flags[start] == f"pretrain.py {decoder} --class-tokens {tokens.split()[0]}"
         assert flags[f"FP-EncDec, {tokens}"] == f"finetune.py {decoder}"
+    assert starts["augmented, corrupted"] == "augmented" and flags["augmented"] == "finetune.py"
+    assert flags[starts["augmented"]].startswith("pretrain.py --augment deit")
     assert flags["wide"] == "finetune.py --variant mini-wide --lr 5e-4"
     assert flags[starts["wide"]] == "pretrain.py --variant mini-wide --lr 5e-4"
