@@ -184,7 +184,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="short side at test time; all sizes of the training recipe scale with it")
     parser.add_argument("--queries", type=engine.positive,
                         help="object queries (default: those of a --pretrained detector, else the "
-                             "variant's: 300 in the paper, 25 in tiny)")
+                             "variant's: 300 in the paper, 12 in tiny)")
     parser.add_argument("--adaptor", choices=("self-attention", "bilstm", "none"),
                         help="Eq. 5, Table 3 (default: self-attention; none in an encoder-decoder)")
     parser.add_argument("--adaptor-per-layer", action="store_true",

@@ -74,7 +74,7 @@ class Config:
 VARIANTS: dict[str, Config] = {
     # Ours, for CPUs and teaching. tiny has half of Lite's layers. mini is for extras/claims.py: as many
     # layers with queries, queries per object and channels per head as Lite.
-    "tiny": Config(dim=64, mlp_dim=256, heads=4, tokenizer_dim=64, layers=6, entry_layer=4, queries=25),
+    "tiny": Config(dim=64, mlp_dim=256, heads=4, tokenizer_dim=64, layers=6, entry_layer=4, queries=12),
     "mini": Config(dim=64, mlp_dim=256, heads=2, tokenizer_dim=64, layers=9, entry_layer=4, queries=75),
     "mini-wide": Config(dim=96, mlp_dim=384, heads=3, tokenizer_dim=96, layers=9, entry_layer=4,
                         queries=75),

@@ -50,7 +50,7 @@ SHORT = {  # --quick
     "finetune.py": "--limit-train 32 --limit-val 16 --epochs 1",
     "evaluate.py": "--limit-val 4 --severities 3",
 }
-FEW = "--limit-train 150 --epochs 160 --eval-every 20"
+FEW = "--limit-train 150 --epochs 100 --eval-every 20"
 BILSTM, DECODER = "--adaptor bilstm", "--structure encoder-decoder"
 WIDE = "--variant mini-wide --lr 5e-4"
 ARMS = {  # a run per seed -> script, the arm it starts from, flags beside the recipe's
