@@ -85,7 +85,7 @@ size = torch.tensor(picture.size * 2)  # (4,), from [0, 1] to pixels
 print(f"validation picture {chosen}: {' and '.join(names)}\n")
 
 # %% [markdown]
-# ## 1. Image tokens (Sections 3.1 and A.1, Table 6)
+# ## 1. Image tokens (Sections 3.1, 3.2 and A.1, Table 6)
 # A simple multi-scale tokenizer replaces the backbone: four convolutions in a chain. Their patches do
 # not overlap. The feature maps of the four levels are flattened to a sequence of N tokens. The slide
 # shows each patch in its mean colour.
@@ -95,7 +95,7 @@ print(f"validation picture {chosen}: {' and '.join(names)}\n")
 def tokens_slide(picture, name):
     images, mask = pad_to_multiple(to_tensor(picture)[None], None, detector.encoder.tokenizer.multiple)
     tokens = detector.encoder.embed(images, mask)
-    figure, axes = new_slide("1  One token for each patch of a level (3.1, Table 6)", 2, 3)
+    figure, axes = new_slide("1  One token for each patch of a level (3.2, Table 6)", 2, 3)
     show(axes[0, 0], picture, f"{picture.height} x {picture.width} pixels")
     for level, (h, w) in enumerate(tokens.shapes):
         stride = 8 << level
@@ -115,7 +115,7 @@ tokens_slide(resize_to_test(photograph, 800), "1-tokens-photograph") if photogra
 
 # %% [markdown]
 # ## 2. Positions (Section 3.1)
-# The sequence is added with position and level embedding. The position is a sine embedding. One half
+# Position and level embeddings are added to the sequence. The position is a sine embedding. One half
 # of its channels encodes the row of a token, the other half the column.
 
 # %%
@@ -133,16 +133,16 @@ assert math.isclose(sine[0, 0, 0], by_hand, abs_tol=1e-5)
 
 figure, (left, right) = new_slide("2  Sines tell each token its position (3.1)", 1, 2)
 left.imshow(sine[0, :, config.dim // 2:][:, :12].T, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
-left.set(xlabel="column of the token", ylabel="channel", title="sines of the column, -1 to 1")
+left.set(xlabel="column of the token", ylabel="channel", title="sines and cosines of the column")
 right.imshow(likeness, aspect="auto")
 right.plot(column, row, "+", color="white", ms=30, mew=5)
-right.set(xlabel="column", ylabel="row", title="likeness to the position +")
+right.set(xlabel="column", ylabel="row", title="cosine similarity to the position +")
 keep_slide(figure, args.out / "2-positions.png")
 
 # %% [markdown]
 # ## 3. Reference points and samples (Sections 3.2 and 3.3)
-# The query position embeddings are mapped to reference points. They guide the query content embeddings
-# to sample the corresponding context from the image. The slide shows the query of the best detection,
+# The query position embeddings are mapped to reference points. These points tell each query where to
+# sample the image. The slide shows the query of the best detection,
 # in the first and in the last layer that holds queries.
 
 
@@ -201,8 +201,8 @@ keep_slide(figure, args.out / "4-class-token.png")
 # %% [markdown]
 # ## 5. Queries as prompts (Section 3.3, Eq. 4)
 # In fine-tuning, object queries replace the class token. A query's positional embedding is a visual
-# prompt: it points out the image region to focus on. Training searches for these prompts. The seed of
-# the training gives back the points that it started from.
+# prompt: it points out the image region to focus on. Training searches for these prompts. We build
+# the detector again with the seed of the training, so the slide shows where the points started.
 
 # %%
 torch.manual_seed(trained["seed"])
@@ -210,7 +210,7 @@ untrained = Detector(config, len(classes))
 before = untrained.queries(1).references[0]  # (Q, 2) as (x, y) in [0, 1]
 after = detector.queries(1).references[0]  # (Q, 2)
 moved = (after - before).norm(dim=-1)  # (Q,)
-print(f"{len(moved)} points moved, by {moved.mean():.2f} of the image in the mean")
+print(f"{len(moved)} points moved, by {moved.mean():.2f} of the image on average")
 
 figure, (left, right) = new_slide("5  Training searches for the prompts (3.3, Eq. 4)", 1, 2)
 start, end = before * size[:2] - 0.5, after * size[:2] - 0.5  # (Q, 2) in pixels
@@ -225,7 +225,7 @@ keep_slide(figure, args.out / "5-prompts.png")
 # ## 6. The task adaptor's attention (Section 3.3, Eq. 5)
 # The task adaptor is self-attention among the queries. It models the relationship between objects. One
 # class token cannot learn this in pre-training. The slide shows the weights of the best detection's
-# query before the last layer, in the mean of the heads.
+# query before the last layer, averaged over the heads.
 
 # %%
 calls = []
@@ -350,8 +350,8 @@ keep_slide(figure, args.out / "8-losses.png")
 
 # %% [markdown]
 # ## 9. Average precision (Section 4.2; COCO)
-# The detections of a class are ranked by score. One is right if its IoU with an object that no better
-# one has found is 0.5 or more. At each of 101 recalls, COCO takes the highest precision at this recall
+# The detections of a class are ranked by score. A detection is right if its IoU with an object is 0.5 or
+# more and no better detection has found this object. At each of 101 recalls, COCO takes the highest precision at this recall
 # or beyond. AP50 is the mean over these recalls and over the classes.
 
 # %%
@@ -360,7 +360,7 @@ results = detect(detector, val, options, torch.device("cpu"), batch_size=16)
 
 
 def precisions_and_recalls(label):
-    """Of the best detection of a class, of the two best, of the three best, ..."""
+    """Precision and recall of the best detection of a class, of the two best, and so on."""
     missing = {record.id: record.boxes[record.labels == label].tolist() for record in val.records}
     objects = sum(len(boxes) for boxes in missing.values())
     mine = [r for r in results if r["category_id"] == val.category_ids[label]]

@@ -5,8 +5,8 @@
 
 For students: in OUT, twelve functions have no body. Search for "your part" and write the bodies.
 Imports and helpers belong inside them, because nothing else is graded. `--grade .` inside OUT checks
-your work. There, a part waits for the other parts that it calls: losses for matching, matching for GIoU.
-The tests spell out many formulas, so look there last.
+your work. There, a part waits for the parts that its tests use: losses wait for matching, matching for
+GIoU, boxes for the whole model. Read the tests last, because they spell out many formulas.
 
 For teachers: run both commands in the whole project. Each part is graded alone: the student's function
 takes the place of ours, and the tests and all other code are ours. It has its points if all its tests
@@ -33,7 +33,7 @@ LEFT_OUT = ("answers.md", "walkthrough.py", "test_walkthrough.py", "mutations.py
 POINTS = 10  # of each part
 PARTS = [  # title, module, function, and which tests of the module's test file (as pytest's -k)
     ("sine positions (3.1)", "model", "sine_positions", "sine_positions"),
-    ("tokenizer (3.1, A.1)", "model", "Tokenizer.forward", "tokenizer or tokens_see_every_pixel"),
+    ("tokenizer (3.2, A.1)", "model", "Tokenizer.forward", "tokenizer or tokens_see_every_pixel"),
     ("deformable attention (3.2)", "deform_attn", "ms_deform_attn_reference", "test_reference"),
     ("encoder layer (Eq. 2, 3)", "model", "EncoderLayer.forward", "layer_equals or every_branch"),
     ("extra tokens (Eq. 1, 4)", "model", "ExtraTokenEmbedding.forward", "extra_tokens_look"),
@@ -42,7 +42,7 @@ PARTS = [  # title, module, function, and which tests of the module's test file 
     ("GIoU (4.1)", "finetune", "giou", "test_giou"),
     ("matching (4.1)", "finetune", "match", "test_match_is or test_matching"),
     ("losses (4.1)", "finetune", "detection_loss", "test_losses"),
-    ("best boxes (4.1)", "evaluate", "best_boxes", "test_best_boxes"),
+    ("best boxes (4.2)", "evaluate", "best_boxes", "test_best_boxes"),
     ("semantic softmax (A.3)", "pretrain", "semantic_softmax_loss", "test_a_small_tree")]
 
 

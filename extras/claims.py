@@ -1,8 +1,8 @@
-"""The paper's claims on small pictures: trains what each claim compares, and says what came out.
+"""The paper's claims on small pictures: trains both sides of each comparison and prints a verdict.
 
-    python -m extras.claims                trains what is missing: a night on 2 cores for eight seeds
+    python -m extras.claims                makes the missing runs: a night on 2 cores for eight seeds
     python -m extras.claims --claims C1    only the runs of this claim
-    python -m extras.claims --seeds 0      only the report of what is finished
+    python -m extras.claims --seeds 0      only the report of the finished runs
     python -m extras.claims --quick        much shorter training, to see that everything runs
 
 The same command goes on where it stopped. It runs pretrain.py, finetune.py and evaluate.py, as many at
@@ -40,7 +40,7 @@ TRAINING_CODE = ("model.py", "deform_attn.py", "deform_attn_kernel.cu", "data.py
 
 # -------------------------------------------------------------------------------------- the experiments
 
-RECIPES = {  # what all runs of a script have
+RECIPES = {  # flags of all runs of a script
     "pretrain.py": "--variant mini --data shapes-hard --epochs 4 --eval-every 4",
     "finetune.py": "--variant mini --data shapes-hard --limit-train 4000 --epochs 12 --eval-every 2",
     "evaluate.py": "--data shapes-hard --limit-val 500 --corruptions all --batch-size 25",

@@ -14,7 +14,7 @@ from extras.assignment import PARTS, POINTS
 TITLES = [title for title, *_ in PARTS]
 WRONG_SIGNS = {  # part: the right text, the wrong text
     "sine positions (3.1)": ("(place - 0.5)", "(place + 0.5)"),
-    "tokenizer (3.1, A.1)": ("x = norm(conv(x)", "x = -norm(conv(x)"),
+    "tokenizer (3.2, A.1)": ("x = norm(conv(x)", "x = -norm(conv(x)"),
     "deformable attention (3.2)": ("(2 * locations - 1)", "(2 * locations + 1)"),
     "encoder layer (Eq. 2, 3)": ("self.norm2(tokens + ", "self.norm2(tokens - "),
     "extra tokens (Eq. 1, 4)": ("reference_points(self.position)", "reference_points(-self.position)"),
@@ -23,7 +23,7 @@ WRONG_SIGNS = {  # part: the right text, the wrong text
     "GIoU (4.1)": ("area_a + area_b - overlap", "area_a + area_b + overlap"),
     "matching (4.1)": ("giou_cost = -giou(", "giou_cost = giou("),
     "losses (4.1)": ("(1 - giou(matched_boxes", "(1 + giou(matched_boxes"),
-    "best boxes (4.1)": ("clamp(0, 1) * torch", "clamp(0, 1) * -torch"),
+    "best boxes (4.2)": ("clamp(0, 1) * torch", "clamp(0, 1) * -torch"),
     "semantic softmax (A.3)": ("- smoothing * log_p", "+ smoothing * log_p")}
 
 
@@ -65,7 +65,7 @@ def test_the_assignment_scores_nothing_and_says_why(tmp_path):
     says = dict.fromkeys(TITLES, "not begun")
     says |= {"semantic softmax (A.3)": "invalid syntax (pretrain.py, line ",
              "GIoU (4.1)": "finetune.py has no function giou",
-             "best boxes (4.1)": "did not come to an end within 5 seconds"}
+             "best boxes (4.2)": "did not come to an end within 5 seconds"}
     for title, (points, problem) in grade(out, "--limit", 5).items():
         assert points == 0 and says[title] in problem, title
 
