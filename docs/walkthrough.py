@@ -351,8 +351,8 @@ keep_slide(figure, args.out / "8-losses.png")
 # %% [markdown]
 # ## 9. Average precision (Section 4.2; COCO)
 # The detections of a class are ranked by score. A detection is right if its IoU with an object is 0.5 or
-# more and no better detection has found this object. At each of 101 recalls, COCO takes the highest precision at this recall
-# or beyond. AP50 is the mean over these recalls and over the classes.
+# more and no better detection has found this object. At each of 101 recalls, COCO takes the highest
+# precision at this recall or beyond. AP50 is the mean over these recalls and over the classes.
 
 # %%
 options = argparse.Namespace(amp="off", workers=0)
