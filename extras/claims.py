@@ -42,7 +42,7 @@ TRAINING_CODE = ("model.py", "deform_attn.py", "deform_attn_kernel.cu", "data.py
 
 RECIPES = {  # flags of all runs of a script
     "pretrain.py": "--variant mini --data shapes-hard --epochs 4 --eval-every 4",
-    "finetune.py": "--variant mini --data shapes-hard --limit-train 4000 --epochs 12 --eval-every 2",
+    "finetune.py": "--variant mini --data shapes-hard --limit-train 1000 --epochs 48 --eval-every 8",
     "evaluate.py": "--data shapes-hard --limit-val 500 --corruptions all --batch-size 25",
 }
 SHORT = {  # --quick
