@@ -248,7 +248,7 @@ def draw(lines: dict, path: Path) -> None:
             if values:
                 panel.plot(np.mean(values), y, "|", color="k", ms=22, mew=2)
         panel.set_yticks(range(len(shown)), [f"{arm} ({score})" for arm, score in shown])
-        panel.set_title(f"{claim}: {text}", loc="left")
+        panel.set_title(f"{claim}: {text}", loc="right")
         panel.set(ylim=(len(shown) - 0.5, -0.5), xlabel="percent")
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
