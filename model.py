@@ -513,9 +513,9 @@ class Detector(nn.Module):
         return replace(queries, content=content), memory
 
     def boxes(self, queries: ExtraTokens) -> Tensor:
-        """(B, Q, 4) cxcywh in [0, 1] in float32 or wider, also of 16-bit content. The box head predicts them
-        relative to the reference points, before a sigmoid (Deformable DETR): to their centres, and to
-        their sizes if a fork gives them."""
+        """(B, Q, 4) cxcywh in [0, 1] in float32 or wider, also of 16-bit content. The box head predicts
+        them relative to the reference points, before a sigmoid (Deformable DETR): to their centres, and
+        to their sizes if a fork gives them."""
         with torch.autocast(queries.content.device.type, enabled=False):
             start = inverse_sigmoid(queries.references)
             start = F.pad(start, (0, 4 - start.shape[-1]))  # adds 0 to width and height
