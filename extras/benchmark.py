@@ -55,20 +55,9 @@ def device_name(device: torch.device) -> str:
 
 # --------------------------------------------------------------------------------------------- operator
 
-def measure_operator(device: torch.device, repeats: int) -> None:
-    """Prints the times of compiling, loading and running the operator in every way.
-
-    "of bound" is the time in which a plain copy would read and write the same
-    tensors once, divided by the measured time.
-    """
-    if deform_attn.forced_path() == "reference":
-        raise InputError("FPDETR_DEFORM_ATTN=reference leaves nothing to compare: unset it")
-    print(device_name(device))
-    bandwidth = copy_bandwidth(device, repeats)
-    print(f"copy: {bandwidth / 1e9:.0f} GB/s")
-    forward, both = call_microseconds(device)
-    print(f"a call on tiny inputs: forward {forward:.0f} us, forward and backward {both:.0f} us")
-
+def measure_operator(result: dict, device: torch.device, quick: bool, deadline: float = math.inf,
+                     repeats: int = 20) -> None:
+    """Times the kernel with warm and cold caches, and the other ways to compute it."""
     config = deform_attn.KernelConfig(deform_attn.architecture(device), *[torch.float32] * 3,
                                       channels=32, heads=8, levels=4, points=4)
     try:
@@ -80,27 +69,79 @@ def measure_operator(device: torch.device, repeats: int) -> None:
             print(f"{what}: {1000 * (time.perf_counter() - start):.1f} ms")
     except OSError as e:
         raise InputError(f"the kernel cannot be built here: {' '.join(str(e).split())[:400]}") from None
-
-    # name, height, width, heads, channels per head, batch, queries besides the image tokens
-    sizes = [("512x512, D 256", 512, 512, 8, 32, 1, 0), ("tiny, 64x64, batch 16", 64, 64, 4, 16, 16, 50)]
+    repeats = 1 if quick else repeats
+    bandwidth, call = copy_bandwidth(device, repeats), call_microseconds(device)
+    print(f"{config.arch}; copy: {bandwidth / 1e9:.0f} GB/s; a call on tiny inputs: forward "
+          f"{call[0]:.0f} us, forward and backward {call[1]:.0f} us")
+    result.update(architecture=config.arch, copy_bytes_per_second=bandwidth, call_microseconds=call,
+                  rows=[])
+    ways = {"kernel": deform_attn.ms_deform_attn, "cold": deform_attn.ms_deform_attn,
+            "reference": deform_attn.ms_deform_attn_reference, "stacked": stacked_attention,
+            **public_operators(device)}
+    # variant, height, width, extra tokens, batch. The rows that matter most come first.
+    sizes = [("lite", 512, 512, 0, 1), ("tiny", 64, 64, 12, 16)]
     if device.type == "cuda":
-        sizes = [(f"{variant}, {h}x{w}, batch {batch}", h, w, heads, channels, batch, extra)
-                 for variant, heads, channels in (("lite", 8, 32), ("base", 10, 48))
-                 for h, w, extra in ((800, 1344, 300), (224, 224, 1)) for batch in (1, 2, 4, 8)]
-    functions = {"kernel": deform_attn.ms_deform_attn, "reference": deform_attn.ms_deform_attn_reference,
-                 "grid_sample and stack": stacked_attention, **public_operators(device)}
-    print(f"{'size':26} {'path':22} {'dtype':9} {'forward':>11} {'of bound':>8} {'backward':>11} "
-          f"{'of bound':>8}")
-    for name, *size in sizes:
-        for path, function in functions.items():
-            for dtype in (torch.float32, torch.bfloat16) if path == "kernel" else (torch.float32,):
-                try:
-                    times, moved = time_operator(function, *size, dtype, device, repeats)
-                except torch.OutOfMemoryError:
-                    print(f"{name:26} {path:22} does not fit into memory")
-                    continue
-                columns = [f"{1e6 * t:8.0f} us {n / bandwidth / t:8.0%}" for t, n in zip(times, moved)]
-                print(f"{name:26} {path:22} {str(dtype)[6:]:9} {' '.join(columns)}", flush=True)
+        sizes = [(variant, height, width, extra, batch) for batch in ((1,) if quick else (1, 2, 4, 8))
+                 for height, width, extra in ((800, 1344, 300), (224, 224, 1))
+                 for variant in ("lite", "base")]
+    cases = [(*size, dtype) for size in sizes for dtype in (torch.bfloat16, torch.float32)]
+    table = []
+    for variant, height, width, extra, batch, dtype in cases:
+        if time.monotonic() > deadline:
+            print(f"the last {len(cases) - len(table)} rows would take too long")
+            break
+        M = VARIANTS[variant].heads
+        case = height, width, M, VARIANTS[variant].dim // M, batch, extra, dtype, device
+        row = {"variant": variant, "height": height, "width": width, "batch": batch,
+               "dtype": str(dtype)[6:], "seconds": {}}
+        for name, function in ways.items():
+            try:
+                row["seconds"][name], moved = time_operator(function, *case, repeats, name == "cold")
+                row["bounds"] = [max(n / bandwidth, t) for n, t in zip(moved, gpu_limits(*case))]
+            except RuntimeError as e:  # too little memory, or a dtype that it does not know
+                row["seconds"][name] = None
+                print(f"{name}, {variant}, batch {batch}, {row['dtype']}: {str(e).splitlines()[0][:80]}")
+        result["rows"].append(row)
+        table.append((f"{variant}, {height} x {width}, batch {batch}, {row['dtype']}", row_cells(row)))
+    header = [title for direction in ("forward", "backward")
+              for title in (direction, "of bound", *list(ways)[1:])]
+    print("Microseconds per image: the kernel with warm and with cold caches, and the other ways.\n"
+          "Of bound: the time that the hardware needs at least, of the time with warm caches.\n"
+          "Stacked: the grid_sample formulation of Deformable DETR and Hugging Face.")
+    print(markdown("kernel", tuple(header), table))
+
+
+def row_cells(row: dict) -> tuple[str, ...]:
+    """Returns the columns of a row of measure_operator."""
+    texts = []
+    for direction in (0, 1):
+        for name, seconds in row["seconds"].items():
+            if seconds is None:
+                texts += ["-"] * (1 + (name == "kernel"))
+                continue
+            texts.append(f"{1e6 * seconds[direction] / row['batch']:.0f}")
+            if name == "kernel":
+                texts.append(f"{row['bounds'][direction] / seconds[direction]:.0%}")
+    return tuple(texts)
+
+
+# Multiprocessors, clock and slices of the second cache, by compute capability. The slices are assumed.
+GPU_LIMITS = {(8, 0): (108, 1.41e9, 80), (9, 0): (132, 1.755e9, 96)}
+
+
+def gpu_limits(height: int, width: int, M: int, C: int, B: int, extra: int, dtype: torch.dtype,
+               device: torch.device) -> tuple[float, float]:
+    """Returns the seconds that loads and atomics take at least, if all loads hit the first cache.
+
+    A multiprocessor loads 128 bytes per clock. A slice of the second cache adds to 32 bytes per clock.
+    """
+    limits = GPU_LIMITS.get(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+    if limits is None:
+        return 0.0, 0.0
+    processors, clock, slices = limits
+    queries = sum(math.ceil(height / s) * math.ceil(width / s) for s in (8, 16, 32, 64)) + extra
+    channels = B * queries * M * 16 * 4 * C  # 16 samples of 4 corners
+    return channels * dtype.itemsize / (128 * processors * clock), channels * 4 / (32 * slices * clock)
 
 
 def copy_bandwidth(device: torch.device, repeats: int) -> float:
@@ -551,8 +592,6 @@ def activation_bytes(config: Config, checkpointing: bool, size: tuple[int, int] 
 
 COCO_IMAGES, EPOCHS = 118_287, 50
 MINUTES = 8  # at most. Two of them are kept for the training step
-# Multiprocessors, clock and slices of the second cache, by compute capability. The slices are assumed.
-GPU_LIMITS = {(8, 0): (108, 1.41e9, 80), (9, 0): (132, 1.755e9, 96)}
 GOALS = ("goals on an H100, in bfloat16 at 800 x 1344, per image: forward 80 us, backward 450 us; "
          "training of Lite at 800 x 1333: 70 images/s")
 
@@ -561,18 +600,16 @@ def measure_gpu(quick: bool, path: Path) -> None:
     """Prints a page about this GPU, and writes it as JSON. quick: tiny sizes, also on a CPU."""
     if not (quick or torch.cuda.is_available()):
         raise InputError("torch sees no GPU: give --quick to try the command on a CPU")
-    if deform_attn.forced_path() == "reference":
-        raise InputError("FPDETR_DEFORM_ATTN=reference leaves nothing to compare: unset it")
     start = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = {"device": device_name(device), "quick": quick}
     print(f"{device_name(device)}{', quick: the numbers mean nothing' if quick else ''}")
-    for name, measure in (("tests", run_gpu_tests), ("operator", measure_all_operators),
+    for name, measure in (("tests", run_gpu_tests), ("operator", measure_operator),
                           ("training", measure_training_step)):
         print(f"\n{name.upper()}", flush=True)
         result[name] = {}
         try:
-            measure(result[name], device, quick, start + 60 * (MINUTES - 2))
+            measure(result[name], device, quick, deadline=start + 60 * (MINUTES - 2))
         except Exception as e:  # whatever fails, the other parts are still worth their minutes
             result[name]["error"] = f"{type(e).__name__}: {e}"
             print(f"failed: {result[name]['error'][:400]}")
@@ -592,77 +629,6 @@ def run_gpu_tests(result: dict, device: torch.device, quick: bool, deadline: flo
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     print(*failed, lines[-1], sep="\n")
     result.update(summary=lines[-1], failed=failed, exit_code=done.returncode)
-
-
-def measure_all_operators(result: dict, device: torch.device, quick: bool, deadline: float) -> None:
-    """Times the kernel with warm and cold caches, and the other ways to compute it."""
-    arch, f32 = deform_attn.architecture(device), torch.float32
-    problem = deform_attn.loading_error(deform_attn.KernelConfig(arch, f32, f32, f32, 32, 8, 4, 4))
-    if problem:
-        raise OSError(f"the kernel cannot be loaded: {problem}")
-    repeats = 1 if quick else 20
-    ways = {"kernel": deform_attn.ms_deform_attn, "cold": deform_attn.ms_deform_attn,
-            "reference": deform_attn.ms_deform_attn_reference, **public_operators(device)}
-    bandwidth, call = copy_bandwidth(device, repeats), call_microseconds(device)
-    print(f"{arch}; copy: {bandwidth / 1e9:.0f} GB/s; a call on tiny inputs: forward {call[0]:.0f} us, "
-          f"forward and backward {call[1]:.0f} us")
-    result.update(architecture=arch, copy_bytes_per_second=bandwidth, call_microseconds=call, rows=[])
-    sizes = ((64, 96, 300), (32, 32, 1)) if quick else ((800, 1344, 300), (224, 224, 1))
-    # The rows that matter most come first.
-    cases = [(size, variant, batch, dtype) for batch in ((1,) if quick else (1, 2, 4, 8))
-             for size in sizes for variant in (("lite", 8, 32), ("base", 10, 48))
-             for dtype in (torch.bfloat16, torch.float32)]
-    table = []
-    for (height, width, extra), (variant, heads, channels), batch, dtype in cases:
-        if time.monotonic() > deadline:
-            print(f"the last {len(cases) - len(table)} rows would take too long")
-            break
-        case = height, width, heads, channels, batch, extra, dtype, device
-        row = {"variant": variant, "height": height, "width": width, "batch": batch,
-               "dtype": str(dtype)[6:], "seconds": {}}
-        for name, function in ways.items():
-            try:
-                row["seconds"][name], moved = time_operator(function, *case, repeats, name == "cold")
-                row["bounds"] = [max(n / bandwidth, t) for n, t in zip(moved, gpu_limits(*case))]
-            except RuntimeError as e:  # too little memory, or a dtype that it does not know
-                row["seconds"][name] = None
-                print(f"{name}, {variant}, batch {batch}, {row['dtype']}: {str(e).splitlines()[0][:80]}")
-        result["rows"].append(row)
-        table.append((f"{variant}, {height} x {width}, batch {batch}, {row['dtype']}", row_cells(row)))
-    header = [title for direction in ("forward", "backward")
-              for title in (direction, "of bound", *list(ways)[1:])]
-    print("Microseconds per image: the kernel with warm and with cold caches, and other operators.\n"
-          "Of bound: the time that the hardware needs at least, of the time with warm caches.")
-    print(markdown("kernel", tuple(header), table))
-
-
-def row_cells(row: dict) -> tuple[str, ...]:
-    """Returns the columns of a row of measure_all_operators."""
-    texts = []
-    for direction in (0, 1):
-        for name, seconds in row["seconds"].items():
-            if seconds is None:
-                texts += ["-"] * (1 + (name == "kernel"))
-                continue
-            texts.append(f"{1e6 * seconds[direction] / row['batch']:.0f}")
-            if name == "kernel":
-                texts.append(f"{row['bounds'][direction] / seconds[direction]:.0%}")
-    return tuple(texts)
-
-
-def gpu_limits(height: int, width: int, M: int, C: int, B: int, extra: int, dtype: torch.dtype,
-               device: torch.device) -> tuple[float, float]:
-    """Returns the seconds that loads and atomics take at least, if all loads hit the first cache.
-
-    A multiprocessor loads 128 bytes per clock. A slice of the second cache adds to 32 bytes per clock.
-    """
-    limits = GPU_LIMITS.get(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
-    if limits is None:
-        return 0.0, 0.0
-    processors, clock, slices = limits
-    queries = sum(math.ceil(height / s) * math.ceil(width / s) for s in (8, 16, 32, 64)) + extra
-    channels = B * queries * M * 16 * 4 * C  # 16 samples of 4 corners
-    return channels * dtype.itemsize / (128 * processors * clock), channels * 4 / (32 * slices * clock)
 
 
 def measure_training_step(result: dict, device: torch.device, quick: bool, deadline: float) -> None:
@@ -784,9 +750,13 @@ def main(arguments: list[str] | None = None) -> None:
         return print_hours()
     if args.command == "kernel":
         return print_kernel()
+    if deform_attn.forced_path() == "reference":
+        raise InputError("FPDETR_DEFORM_ATTN=reference leaves nothing to compare: unset it")
     if args.gpu:
         return measure_gpu(args.quick, args.out)
-    measure_operator(engine.setup(args), args.repeats)
+    device = engine.setup(args)
+    print(device_name(device))
+    measure_operator({}, device, quick=False, repeats=args.repeats)
 
 
 if __name__ == "__main__":
