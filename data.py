@@ -1,12 +1,11 @@
 """Data: reading images, transforms, detection and classification sets, and batches.
 
-Detection: `shapes` and `shapes-hard` (generated), `coco`, `cityscapes`, or any folder in
-COCO format become a `DetectionSet`. The transforms are Deformable DETR's, which the
-paper follows (4.1). Classification: `shapes`, ImageNet, or any folder with a folder of
-images per class become a `ClassificationSet`. DeiT's augmentations are in
-extras/augment.py, the generated pictures in extras/shapes.py.
+Detection: `shapes` and `shapes-hard` (generated), `coco`, `cityscapes`, or any folder in COCO format
+become a `DetectionSet`. The transforms are Deformable DETR's, as in the released code. Classification:
+`shapes`, ImageNet, or any folder with a folder of images per class become a `ClassificationSet`. DeiT's
+augmentations are in extras/augment.py, the generated pictures in extras/shapes.py.
 
-Boxes are absolute (x0, y0, x1, y1) in pixels on this page. They leave it as (cx, cy, w, h) in [0, 1].
+Boxes are absolute (x0, y0, x1, y1) in pixels in this file. They leave it as (cx, cy, w, h) in [0, 1].
 """
 import hashlib
 import json
@@ -49,8 +48,8 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Image.I
     (alpha dropped), CMYK, 16 bit, EXIF-rotated.
 
     Args:
-        size: (width, height) in the annotation file. If only the unrotated picture has this size, the
-            annotator's program ignored the EXIF rotation, and so do we.
+        size: (width, height) as annotated. Some annotation programs ignore the EXIF rotation. If only
+            the unrotated picture has this size, it stays unrotated.
     Raises:
         InputError: names the file if it is absent, broken, no picture, too large, or not of this size.
     """
@@ -373,7 +372,8 @@ def read_annotations(source: Path | dict, limit: int | None = None) -> tuple[Ann
     """Reads and checks a COCO-format file or dict.
 
     Boxes are clipped to their image, and dropped if nothing is left of them. Entries of the same file
-    become one image. A missing area becomes that of the box.
+    become one image. A missing area becomes that of the box. Crowd regions (iscrowd = 1) are boxes
+    around groups. They are no training targets, and the metric ignores what is found in them.
 
     Args:
         limit: the first N images only.
@@ -467,9 +467,9 @@ def read_annotations(source: Path | dict, limit: int | None = None) -> tuple[Ann
 
 def check_convention(boxes: np.ndarray, sizes: np.ndarray, file: Path | str) -> None:
     """Raises InputError if boxes (m, 4) are not x, y, w, h in pixels, but look like corners, centres or
-    shares of the image. sizes: (m, 2), of their images. Measured on 7,500 boxes of two real sets: none
-    leaves its image by more than a pixel, or has a side below one. Of centres 29 % leave the image, of
-    corners 75 %."""
+    shares of the image. sizes: (m, 2), of their images."""
+    # The limits below were chosen on 7,500 boxes of two real sets: none leaves its image by more than a
+    # pixel, or has a side below one. Read as centres 29 % would leave it, as corners 75 %.
     has_area = (boxes[:, 2:] > 0).all(1)
     boxes, sizes = boxes[has_area], sizes[has_area]
     if not len(boxes):

@@ -1,11 +1,10 @@
 // Multi-scale deformable attention, forward and backward (Deformable DETR, Eq. 3; FP-DETR, 3.2).
 //
-//   output[b, q, m] = sum_i a_i v_i   over the L * P samples i of a pair (query q, head m), where
-//   a = softmax(logit[b, q, m]), v_i = value_l[b, :, :, m] at reference * (W_l, H_l) + offset_i - 0.5
+//   output[b, q, m] = sum_i w_i v_i   over the L * P samples i of a pair (query q, head m), where
+//   w = softmax(logit[b, q, m]), v_i = value_l[b, :, :, m] at reference * (W_l, H_l) + offset_i - 0.5
 //
 // Between pixels v_i is bilinear, outside the map zero: as in grid_sample with align_corners=False.
-// Softmax and places are computed here, in registers. No tensor ever holds them. (In the code the softmax
-// weight is called weight, and a is the Arguments.)
+// Softmax and places are computed here, in registers. No tensor ever holds them.
 //
 // B images, Q queries, M heads of C channels, L levels of P samples each. A token is one pixel of one
 // level. S is the number of tokens of all levels. value holds them level by level, row by row.
@@ -22,7 +21,7 @@
 // tell a thread which one it is. 32 threads are a warp: they execute the same instruction at a time.
 // A shuffle lets threads of a warp read each other's registers. It works in groups of LANES threads. A
 // thread's number in its group is its lane. __shfl_sync(~0u, x, j, LANES) returns the x of lane j,
-// __shfl_xor_sync(~0u, x, step, LANES) that of lane (own lane ^ step). ~0u: the whole warp takes part.
+// __shfl_xor_sync(~0u, x, step, LANES) that of lane (own lane ^ step). ~0u: of all threads that still run.
 // A template is C code that is compiled for constants: template <int VEC, int LANES> for these two.
 //
 // deform_attn.py compiles this text with NVRTC for GPUs and with the system's C++ compiler for CPUs. The
@@ -73,7 +72,7 @@ DEVICE void store(bf16 &to, real x) {  // to the nearest, ties to even
 DEVICE real to_real(fp16 x) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x.bits)); return f; }
 DEVICE void store(fp16 &to, real x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"((float)x)); }
 #else
-DEVICE real to_real(fp16 x) {  // its bits, moved to where a float has them, lack 112 in the exponent
+DEVICE real to_real(fp16 x) {  // moves its bits to where a float has them; its exponent is 112 less
     const unsigned magnitude = (x.bits & 0x7fffu) << 13;
     float f = Bits{magnitude}.f * 0x1p112f;
     if (f >= 65536) f = Bits{magnitude | 0x7f800000}.f;  // infinity and NaN
@@ -104,7 +103,9 @@ struct Arguments {
 };
 
 // ------------------------------------------------------------------------------ what lanes do together
-// Example: bf16, C = 32, VEC = 8, LANES = 4. The 16 samples of a pair take four rounds of place().
+// A warp computes 32 / LANES pairs: neighbouring queries of one head. In a round, each lane prepares one
+// sample. So the 16 samples of a pair take four rounds in this example: bf16, C = 32, VEC = 8, LANES = 4.
+// Each column is a lane, and time runs downwards.
 //
 //                                   lane 0       lane 1       lane 2       lane 3
 //   round 0, each lane prepares     sample 0     sample 1     sample 2     sample 3
@@ -139,7 +140,8 @@ DEVICE void softmax(const LOGIT_T *logit, int lane, real (&weight)[SAMPLES / LAN
 
 // --------------------------------------------------------------------------------------------- samples
 struct Sample {
-    int at;  // 16 * (token of the upper left corner) + a bit for each corner on the map: one shuffle
+    int at;  // 16 * (token of the upper left corner) + a bit for each corner on the map; packed, so that
+             // one shuffle sends both
     real fx, fy;  // how far right of and below this corner, 0 to 1
     real weight;  // of the softmax
 };
@@ -206,8 +208,8 @@ template <int VEC> struct Row {
 template <int VEC> DEVICE Row<VEC> load(const VALUE_T *from, bool) { return {from}; }
 #endif
 
-// Stores VEC channels, on a GPU 16 bytes (a uint4) by one instruction. __stcs makes the cache drop them
-// first: its room is for the values.
+// Stores VEC channels, on a GPU 16 bytes (a uint4) by one instruction. __stcs allows the cache to drop
+// these bytes early, so that it keeps the values.
 template <int VEC> DEVICE void store_row(VALUE_T *to, const real (&x)[VEC]) {
 #if ON_GPU
     if constexpr (sizeof(VALUE_T) * VEC == 16) {
@@ -256,10 +258,11 @@ template <int VEC, int LANES> DEVICE void forward(const Arguments &a, i64 b, i64
 }
 
 // -------------------------------------------------------------------------------------------- backward
-// With g the gradient of the output, and w_k, v_k, d_k = g . v_k of corner k of a sample of weight a:
-//   grad v_k += a w_k g      grad a = sum_k w_k d_k      grad (x, y) = a sum_k (dw_k/dx, dw_k/dy) d_k
-//   grad logit_i = a_i (grad a_i - sum_j a_j grad a_j)
-// grad a interpolates d_k as v_i does v_k. The sums of dw_k d_k are its slopes. mean is the last sum.
+// g is the gradient of the output. Corner k of sample i has the value v_k, the bilinear weight b_k, and
+// d_k = g . v_k. Then
+//   grad v_k += w_i b_k g    grad w_i = sum_k b_k d_k    grad (x, y) = w_i sum_k (db_k/dx, db_k/dy) d_k
+//   grad logit_i = w_i (grad w_i - mean), where mean = sum_j w_j grad w_j
+// So grad w_i is the bilinear interpolation of the d_k, and grad (x, y) is its slope, times w_i.
 // Adds to the gradient of value, and computes the gradients of this lane's samples.
 template <int VEC, int LANES> DEVICE void backward(const Arguments &a, i64 b, i64 q, int m, int lane) {
     const int ROUNDS = SAMPLES / LANES, PARTS = CHANNELS / VEC / LANES, STEP = VEC * LANES;

@@ -1,6 +1,6 @@
 """The parts that the two training scripts share: flags, processes, batches, checkpoints, the run folder.
 
-A reader of the paper may skip this page. It imports nothing of the project. The training loops stand in
+A reader of the paper may skip this file. It imports nothing of the project. The training loops stand in
 pretrain.py and finetune.py and call these helpers.
 """
 import argparse

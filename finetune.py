@@ -1,11 +1,12 @@
 """Stage 2: fine-tuning for object detection (3.3 and 4.1), from a pre-trained encoder or from scratch.
 
-    python finetune.py                                  the embedded data, minutes on a laptop
+    python finetune.py                                  generated pictures, minutes on a laptop
     python finetune.py --variant lite --data coco --pretrained X.pt         the paper's recipe
     torchrun --nproc_per_node=8 finetune.py --variant base --data coco --pretrained X.pt
 
-This page holds matching, losses, the recipe and the training loop. They follow Deformable DETR, as the
-paper says (4.1). Where the paper is silent, they follow the authors' released code.
+This file holds matching, losses, the recipe and the training loop. The paper names Deformable DETR for
+the deep supervision (4.1). Where the paper is silent, we follow the authors' released code, which takes
+most of the rest from Deformable DETR, too.
 """
 import argparse
 import itertools
@@ -98,10 +99,10 @@ def detection_loss(outputs: dict, targets: list[dict],
 
     Args:
         outputs: of a Detector. targets: as in `match`, on the same device.
-        num_matches: number or scalar tensor by which all losses are divided: the matched queries of one
-            layer in the *total* batch, over all micro-batches and processes (at least 1). Default: of
-            `targets`. (Released code. Deformable DETR divides by the number of objects, which is the
-            same unless an image has more objects than queries.)
+        num_matches: the divisor of all losses, a number or scalar tensor: the matched queries of one
+            layer in the *total* batch, over all micro-batches and processes. At least 1. Default: those
+            of `targets`. (Released code. Deformable DETR divides by the number of objects. This differs
+            only if an image has more objects than queries.)
     Returns:
         {"loss_class", "loss_bbox", "loss_giou"}: scalars, already weighted by 2, 5, 2. The first sums
         the focal loss of all queries and classes, with alpha for the true class of a matched query and
@@ -141,11 +142,11 @@ def detection_loss(outputs: dict, targets: list[dict],
 # Cityscapes (4.5, Table 5). The paper gives no learning rate for it;
 # the released code has 2e-4 for Lite.
 CITYSCAPES_RECIPE = dict(batch_size=8)
-# Ours, for the embedded data: a small model, from scratch, in minutes.
+# Ours, for the generated data: a small model, from scratch, in minutes.
 SHAPES_RECIPE = dict(epochs=7, batch_size=16, micro_batch=16, lr=1e-3, schedule="one-cycle",
                      image_size=64, augment="flip", dropout=0.0, backbone_lr=1.0, sampling_lr=1.0,
                      workers=0, eval_every=1)
-FEW_STEPS = 3000  # fewer teach a model little at the paper's learning rate
+FEW_STEPS = 3000  # with fewer, the paper's learning rate is too low
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -165,7 +165,7 @@ class ExtraTokens:
     """The class tokens or the object queries of a batch, E of them."""
     content: Tensor     # (B, E, D)
     positions: Tensor   # (B, E, D), the visual prompts
-    references: Tensor  # (B, E, 2) as (x, y) in [0, 1] of the unpadded image.
+    references: Tensor  # (B, E, 2) as (x, y) in [0, 1] of the image without padding.
     #                     A fork that refines boxes may give (B, E, 4) as (x, y, w, h).
 
 
@@ -225,7 +225,8 @@ class TaskAdaptor(nn.Module):
             extra, positions: (B, E, D). memory: the image tokens (B, N, D).
             index: 0 before the first layer with queries, then 1, 2, ...
         Returns:
-            the new extra tokens (B, E, D) and the image tokens, unchanged here.
+            the new extra tokens (B, E, D) and the image tokens, unchanged here. (The released layout
+            has a norm for each index, and it normalises the image tokens too.)
         """
         return self.norm(self.mix_queries(extra, positions)), memory
 
@@ -249,7 +250,7 @@ class AdaptorPerLayer(nn.ModuleList):
     def forward(self, extra: Tensor, positions: Tensor, memory: Tensor,
                 index: int) -> tuple[Tensor, Tensor]:
         """As TaskAdaptor.forward."""
-        return self[index](extra, positions, memory, 0)  # each adaptor serves one layer, its first
+        return self[index](extra, positions, memory, 0)  # each is called before one layer only
 
 
 def build_adaptor(config: Config, adaptor: type[TaskAdaptor] = TaskAdaptor) -> nn.Module | None:
@@ -300,18 +301,18 @@ class EncoderLayer(nn.Module):
                 image: ImageTokens) -> Tensor:
         """
         Args:
-            tokens, positions: (B, T, D), the tokens to be updated.
-            references: (B, T, 4, 2), their reference points on each level's map, padding included.
+            tokens, positions: (B, n, D), the tokens to be updated.
+            references: (B, n, 4, 2), their reference points on each level's map, padding included.
             memory: (B, N, D), the image tokens to sample from. image: their shapes and padding.
         Returns:
-            (B, T, D)
+            (B, n, D)
         """
         # Paper (3.2): the extra tokens are a fifth level, masked so that no token attends to them.
         # A masked softmax gives that level weight 0. We leave the level out: exactly the same
         # result, for a fifth less sampling. So only image tokens are sampled, and they cannot
         # depend on the extra tokens. Paper (Eq. 4): positions are added to the content once, at
         # the input. Released code, Deformable DETR and ours: added to the query side of every
-        # layer, because each layer has to read the prompt.
+        # layer, so that no layer has to remember the prompt.
         attended = self.attention(tokens + positions, references, memory, image.shapes, image.padding)
         tokens = self.norm1(tokens + self.drop_path(self.dropout(attended)))
         return self.norm2(tokens + self.drop_path(self.dropout(self.mlp(tokens))))
@@ -364,8 +365,10 @@ class Encoder(nn.Module):
             valid = [~F.interpolate(pixels, v.shape[1:])[:, 0].bool() for v in valid]
         dtype = self.level_embed.dtype
         shapes = [tuple(v.shape[1:]) for v in valid]
-        # Valid columns and rows per level, (B, 2) each. A completed patch counts in part: 224 pixels are
-        # 3.5 tokens of level 4. The released code counts 4. A detector has whole patches only.
+        # Valid columns and rows per level, (B, 2) each. Where `forward` of the tokenizer completes a
+        # patch, it counts in part: 224 pixels are 3.5 tokens of level 4. The released code counts 4, and
+        # its tokenizer has no `strides`. A detector's images are padded to whole patches before. A patch
+        # that is partly padding counts as a whole one there, as in the released code.
         h, w = images.shape[-2:]
         counts = [torch.stack([v[:, 0].sum(1).clamp(max=w / stride),
                                v[:, :, 0].sum(1).clamp(max=h / stride)], -1).to(dtype)

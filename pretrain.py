@@ -1,15 +1,15 @@
 """Stage 1: pre-training of the whole encoder on image classification (3.2, 4.1 and A.3).
 
-    python pretrain.py                              the embedded data, minutes on a laptop
+    python pretrain.py                              generated pictures, minutes on a laptop
     python pretrain.py --data path/to/folder        any folder with train/CLASS/ and val/CLASS/
     torchrun --nproc_per_node=8 pretrain.py --variant lite --data imagenet    the paper's recipe (DeiT)
     torchrun --nproc_per_node=8 pretrain.py --data imagenet21k --tree T.json --init X.pt      A.3
 
-`finetune.py --pretrained` takes the encoder from the last.pt of a run. The authors
-released no training code of this stage. It follows the paper, DeiT (Touvron et al.
-2021) and, for ImageNet-21k-P, Ridnik et al. 2021.
+`finetune.py --pretrained` takes the encoder from the last.pt of a run. The authors released no training
+code of this stage. It follows the paper, DeiT (Touvron et al. 2021) and, for ImageNet-21k-P, Ridnik et
+al. 2021.
 
-This page holds the semantic softmax, the recipe, repeated augmentation and the training loop. Mixup,
+This file holds the semantic softmax, the recipe, repeated augmentation and the training loop. Mixup,
 CutMix, RandAugment and Cutout are in extras/augment.py.
 """
 import argparse
@@ -117,13 +117,13 @@ def semantic_accuracy(logits: Tensor, target: Tensor, tree: Tree) -> tuple[Tenso
 
 # ------------------------------------------------------------------------------------- the recipe (4.1)
 
-# ImageNet-21k-P (A.3). Where the paper is silent: the public script of Ridnik et al.
-# 2021, which differs in Adam with decay in the gradient (A.3: "true weight decay",
-# hence AdamW), colours that are not normalised (we start from weights of ImageNet-1k,
-# where they were), and squeezed validation images.
+# ImageNet-21k-P (A.3). Where the paper is silent, we follow the public script of Ridnik et al. 2021. We
+# differ in three things. The optimiser is AdamW, because A.3 says "true weight decay"; the script has
+# Adam with the decay in the gradient. Colours are normalised, as for the ImageNet-1k weights that it
+# starts from. Validation images are centre crops; the script squeezes them.
 RECIPE_21K = dict(variant="base", epochs=80, batch_size=4096, lr=3e-4, weight_decay=1e-4, augment="21k",
                   schedule="one-cycle", repeats=1, mixup=0.0, cutmix=0.0, smoothing=0.2, drop_path=0.0)
-# Ours, for the embedded data.
+# Ours, for the generated data.
 SHAPES_RECIPE = dict(epochs=4, batch_size=32, micro_batch=32, lr=1e-3, schedule="one-cycle",
                      image_size=64, augment="flip", repeats=1, mixup=0.0, cutmix=0.0, drop_path=0.0,
                      workers=0, eval_every=1)
@@ -224,8 +224,8 @@ class RepeatedSampler(engine.BatchSampler):
     to a multiple of 256. With repeats 1 this is plain shuffling. An incomplete last batch is dropped,
     unless it is the only one.
 
-    A copy of image i has the index i + copy * length. A process gets positions p and B - 1 - p of a
-    batch of B together, because these two are mixed.
+    A copy of image i has the index i + copy * length. Mixup and CutMix mix the items at the positions p
+    and B - 1 - p of a batch of B. So the same process gets both.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, repeats: int):

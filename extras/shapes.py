@@ -1,4 +1,4 @@
-"""The embedded data: pictures of eight kinds of shapes on a mottled ground, generated from a seed.
+"""The generated data: pictures of eight kinds of shapes on a mottled ground, generated from a seed.
 
 Detection has up to three objects in a picture, classification one large object. Both use the same
 shapes, so that pre-training can help detection, in minutes and without a download. In `shapes` the
@@ -112,7 +112,7 @@ def hsv(hue: float, saturation: float, value: float) -> np.ndarray:
 # ---------------------------------------------------------------------- the sets, as data.py reads them
 
 def detection_pictures(data: str, split: str, limit: int | None) -> tuple[list[Image.Image], dict]:
-    """The embedded detection set: 8,000 training and 1,000 validation pictures of 64 x 64 pixels. A
+    """The generated detection set: 8,000 training and 1,000 validation pictures of 64 x 64 pixels. A
     picture's generator is seeded by its split and number, so the splits share no picture.
 
     Returns:
@@ -136,7 +136,7 @@ def detection_pictures(data: str, split: str, limit: int | None) -> tuple[list[I
 
 def classification_pictures(data: str, split: str,
                             limit: int | None) -> tuple[list[Image.Image], np.ndarray]:
-    """The embedded classification set: 8,000 training and 400 validation pictures of 64 x 64 pixels
+    """The generated classification set: 8,000 training and 400 validation pictures of 64 x 64 pixels
     with one shape in each, and the labels (n,) int64."""
     pictures, all_labels = [], []
     for i in range({"train": 8000, "val": 400}[split])[:limit]:
