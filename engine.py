@@ -110,8 +110,9 @@ class Help(argparse.HelpFormatter):
     """Shows the default of each flag, unless its help text does, and keeps the line breaks of texts."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        shown = action.default not in (None, False, argparse.SUPPRESS) and "default" not in action.help
-        return action.help + (" (default: %(default)s)" if shown else "")
+        is_number = type(action.default) in (int, float)  # 0 is a default, too
+        shown = action.default not in (None, False, argparse.SUPPRESS) or is_number
+        return action.help + (" (default: %(default)s)" if shown and "default" not in action.help else "")
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if "\n" in text else super()._fill_text(text, width, indent)
@@ -416,7 +417,7 @@ class RunningMean:
 
     def add(self, values: dict[str, Tensor]) -> None:
         for k, v in values.items():
-            self.sums[k] = self.sums.get(k, 0) + v.detach()
+            self.sums[k] = self.sums.get(k, 0) + v
         self.count += 1
 
     def read(self) -> dict[str, float]:
@@ -511,9 +512,9 @@ def describe_run(model: nn.Module, args: argparse.Namespace, stage: str, classes
                  images: int, **content: str) -> dict:
     """The part of a checkpoint that says which run made it. A model can be built from it, and --resume
     compares it. images: number of training images. content: digests of the sets."""
-    return {"stage": stage, "model_class": type(model).__name__, "config": asdict(model.encoder.config),
-            "layout": args.layout, "classes": classes, "images": images, "content": content,
-            "args": plain(args)}
+    return {"stage": stage, "model_class": getattr(model, "made_by", type(model).__name__),
+            "config": asdict(model.encoder.config), "layout": args.layout, "classes": classes,
+            "images": images, "content": content, "args": plain(args)}
 
 
 def check_resumed(saved: dict, now: dict, path: Path) -> None:
@@ -537,7 +538,8 @@ def check_model_class(checkpoint: dict, name: str, path: str | Path) -> None:
     names and shapes and still belong to another model."""
     saved = checkpoint.get("model_class", name)
     if saved != name:
-        raise InputError(f"{path} holds a {saved}, not a {name}: use the script that made it")
+        raise InputError(f"{path} holds a {saved}, not a {name}: use the fork that made it, or "
+                         f"evaluate.main(detector={saved})")
 
 
 ENCODER_SIZES = ("dim", "mlp_dim", "heads", "tokenizer_dim", "layers", "entry_layer", "points",

@@ -35,7 +35,7 @@ from engine import InputError
 from extras import pictures, released, tables
 from extras.hf import load_hugging_face
 from extras.tables import CORRUPTIONS, METRICS
-from model import VARIANTS, Config, Detector, pad_to_multiple
+from model import VARIANTS, Config, Detector
 
 # ------------------------------------------------------------------------------------- the metric (4.2)
 
@@ -175,9 +175,8 @@ def detect_image(model: torch.nn.Module, image: Image.Image, image_size: int = 8
 
 def resize_to_test(image: Image.Image, image_size: int) -> Image.Image:
     """The picture at the size of the evaluation."""
-    no_boxes, no_labels, rng = np.zeros((0, 4)), np.zeros(0, int), np.random.default_rng(0)
-    resized, _, _ = Transform(image_size)(image, no_boxes, no_labels, rng)
-    return resized
+    no_boxes, no_labels = np.zeros((0, 4)), np.zeros(0, int)
+    return Transform(image_size)(image, no_boxes, no_labels, np.random.default_rng(0))[0]
 
 
 # ------------------------------------------------------------------------------------- COCO-C (Table 4)
@@ -264,8 +263,7 @@ def report_corruptions(state: dict, paper: str | None, args: argparse.Namespace)
 
 # --------------------------------------------------------------------------------------------- pictures
 
-def draw_files(model: torch.nn.Module, classes: list[str], args: argparse.Namespace,
-               device: torch.device) -> None:
+def draw_files(model: torch.nn.Module, classes: list[str], args: argparse.Namespace) -> None:
     """--images: prints the detections on each picture and writes them as a picture and as JSON; with
     --attention draws where the best ones looked, too."""
     images = {Path(p).stem: read_image(p) for p in args.images}  # all are read before any is written
@@ -285,27 +283,26 @@ def draw_files(model: torch.nn.Module, classes: list[str], args: argparse.Namesp
         for o in objects:
             print(f"  {o['score']:.2f} {o['class']}, corners {', '.join(map(str, o['box']))}")
         if args.attention:
-            draw_attention(model, image, classes, args, device, args.out / f"{name}-attention.png")
+            draw_attention(model, image, classes, args, args.out / f"{name}-attention.png")
 
 
-@torch.no_grad()
 def draw_attention(model: torch.nn.Module, image: Image.Image, classes: list[str],
-                   args: argparse.Namespace, device: torch.device, path: Path) -> None:
+                   args: argparse.Namespace, path: Path) -> None:
     """Draws where the `--attention` best detections of different objects looked, layer by layer (3.3:
     positions as visual prompts)."""
     config = model.encoder.config
-    pixels = to_tensor(resize_to_test(image, args.image_size))[None].to(device)  # (1, 3, H, W)
-    with pictures.WatchSampling(model, config.queries) as watch, engine.autocast(args, device):
-        found = best_boxes(model(pixels), [image.size])[0]
+    with pictures.WatchSampling(model, config.queries) as watch:
+        found = detect_image(model, image, args.image_size, args.amp)
+    if not watch.layers:
+        raise InputError("--attention shows multi-scale deformable attention, and this model has none")
     boxes, shown, shared = found["boxes"].tolist(), [], pictures.overlap
     for i, a in enumerate(boxes):  # the best first; two with an IoU of 0.5 are of the same object
         if all(3 * shared(a, b) < shared(a, a) + shared(b, b) for b in (boxes[j] for j in shown)):
             shown.append(i)
     shown = shown[:args.attention]
     found = {k: v[shown] for k, v in found.items()}
-    h, w = pixels.shape[-2:]
-    padded_h, padded_w = pad_to_multiple(pixels, None, model.encoder.tokenizer.multiple)[0].shape[-2:]
-    padded = (image.width * padded_w / w, image.height * padded_h / h)
+    multiple, size = model.encoder.tokenizer.multiple, resize_to_test(image, args.image_size).size
+    padded = tuple(side * (n + -n % multiple) / n for side, n in zip(image.size, size))
     pictures.attention_picture(image, watch.layers, padded, found, classes, config.entry_layer, path)
     print(f"{path}: where the {len(shown)} best detections looked")
 
@@ -409,11 +406,10 @@ def load_detector(path: str | Path,
     if checkpoint.get("stage") != "finetune":
         raise InputError(f"{path} holds no detector: give a checkpoint of finetune.py or a released one")
     try:
-        model = detector(Config(**checkpoint["config"]), len(checkpoint["classes"]))
-        if checkpoint["layout"] == "released":
-            released.released_layout(model)
-        engine.check_model_class(checkpoint, type(model).__name__, path)
-        dtype = checkpoint["model"]["queries.position"].dtype
+        model = released.build_model(detector, Config(**checkpoint["config"]), len(checkpoint["classes"]),
+                                     checkpoint["layout"])
+        engine.check_model_class(checkpoint, model.made_by, path)
+        dtype = checkpoint["model"]["encoder.level_embed"].dtype
         model.to(torch.promote_types(dtype, torch.float32)).load_state_dict(checkpoint["model"])
     except InputError:
         raise
@@ -514,7 +510,7 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
     args.image_size = args.image_size or trained.get("image_size", 800)
     if args.images:
         model = model or load_hugging_face(args.model[3:])
-        draw_files(model.to(device), checkpoint.get("classes") or model.classes, args, device)
+        draw_files(model.to(device), checkpoint.get("classes") or model.classes, args)
         return
     if args.data in (None, trained.get("data")):
         args.data_root = args.data_root or trained.get("data_root")

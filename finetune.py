@@ -139,13 +139,12 @@ def detection_loss(outputs: dict, targets: list[dict],
 
 # ------------------------------------------------------------------------------------- the recipe (4.1)
 
-# Cityscapes (4.5, Table 5). The paper gives no learning rate for it;
-# the released code has 2e-4 for Lite.
+# Cityscapes (4.5, Table 5). The paper gives no learning rate for it; the released code has 2e-4 for Lite.
 CITYSCAPES_RECIPE = dict(batch_size=8)
 # Ours, for the generated data: a small model, from scratch, in minutes.
 SHAPES_RECIPE = dict(epochs=7, batch_size=16, micro_batch=16, lr=1e-3, schedule="one-cycle",
                      image_size=64, augment="flip", dropout=0.0, backbone_lr=1.0, sampling_lr=1.0,
-                     workers=0, eval_every=1)
+                     workers=0)
 FEW_STEPS = 3000  # with fewer, the paper's learning rate is too low
 
 
@@ -301,9 +300,7 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
                          queries=args.queries)
     except ValueError as e:
         raise engine.InputError(str(e)) from None
-    model = detector(config, len(train.classes))
-    if args.layout == "released":
-        released.released_layout(model)
+    model = released.build_model(detector, config, len(train.classes), args.layout)
     description = engine.describe_run(model, args, "finetune", train.classes, len(train),
                                       training_set=train.digest, validation_set=val.digest)
     state = run.resume(model, description)

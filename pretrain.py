@@ -126,7 +126,7 @@ RECIPE_21K = dict(variant="base", epochs=80, batch_size=4096, lr=3e-4, weight_de
 # Ours, for the generated data.
 SHAPES_RECIPE = dict(epochs=4, batch_size=32, micro_batch=32, lr=1e-3, schedule="one-cycle",
                      image_size=64, augment="flip", repeats=1, mixup=0.0, cutmix=0.0, drop_path=0.0,
-                     workers=0, eval_every=1)
+                     workers=0)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -169,7 +169,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="pooled into one before the classifier (A.2, Table 7: 300 for FP-EncDec)")
     machine = engine.add_training_flags(parser, VARIANTS)
     machine.add_argument("--compile", action="store_true",
-                         help="torch.compile: slow start, faster steps")
+                         help="torch.compile: slow start, faster steps (only here, because detection has "
+                              "images of many sizes)")
     parser.set_defaults(micro_batch=128)
 
     known, _ = parser.parse_known_args(arguments)
@@ -359,14 +360,9 @@ def main(classifier: Callable[[Config, int], Classifier] = Classifier,
     tree = read_tree(args, train)
     if tree is not None:
         tree = tree.to(device)
-    try:
-        config = replace(VARIANTS[args.variant], drop_path=args.drop_path, structure=args.structure,
-                         class_tokens=args.class_tokens, adaptor="none")  # adaptors belong to detection
-    except ValueError as e:
-        raise InputError(str(e)) from None
-    model = classifier(config, len(train.classes))
-    if args.layout == "released":
-        released.released_layout(model)
+    config = replace(VARIANTS[args.variant], drop_path=args.drop_path, structure=args.structure,
+                     class_tokens=args.class_tokens, adaptor="none")  # adaptors belong to detection
+    model = released.build_model(classifier, config, len(train.classes), args.layout)
     description = engine.describe_run(model, args, "pretrain", train.classes, len(train),
                                       training_set=train.digest, validation_set=val.digest)
     state = run.resume(model, description)

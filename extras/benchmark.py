@@ -462,9 +462,7 @@ def build_model(model_class: type[Classifier] | type[Detector], num_classes: int
         config = replace(VARIANTS[args.variant], structure=args.structure, **changes)
     except ValueError as e:
         raise InputError(str(e)) from None
-    model = model_class(config, num_classes).train()
-    if args.layout == "released":
-        released.released_layout(model)
+    model = released.build_model(model_class, config, num_classes, args.layout).train()
     model.encoder.checkpointing = args.activation_checkpointing
     return model
 

@@ -13,6 +13,7 @@ Paper and released code differ in two modules (docs/differences.md lists the oth
 converted to our format. `load_released` makes a detector of one of theirs.
 """
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from os import PathLike
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import InputError, load_checkpoint
-from model import VARIANTS, Config, Detector, TaskAdaptor, build_adaptor
+from model import VARIANTS, Classifier, Config, Detector, TaskAdaptor, build_adaptor
 
 
 class ReleasedTokenizer(nn.Module):
@@ -76,6 +77,21 @@ def released_layout(model: nn.Module, gn_groups: int = 32) -> nn.Module:
     model.encoder.tokenizer = ReleasedTokenizer(config, gn_groups)
     if isinstance(model, Detector):
         model.adaptor = build_adaptor(config, ReleasedAdaptor)
+    return model
+
+
+def build_model(kind: Callable[[Config, int], nn.Module], config: Config, num_classes: int,
+                layout: str) -> nn.Module:
+    """Builds a model in the layout "paper" or "released". `made_by` keeps the name of the class or function
+    that made it: a fork's model may have the names and shapes of ours and still compute something else.
+    InputError if the released layout would replace parts of a fork."""
+    model = kind(config, num_classes)
+    model.made_by = getattr(kind, "func", kind).__name__  # a partial has its function in `func`
+    if layout == "released":
+        if kind not in (Classifier, Detector):
+            raise InputError(f"--layout released replaces the tokenizer and the adaptor, perhaps those of "
+                             f"{model.made_by}: give --layout paper")
+        released_layout(model)
     return model
 
 

@@ -45,6 +45,9 @@ def test_a_forks_tokenizer_passes_through_both_stages(fork, tmp_path, capfd):
     fork("tokenizer", "pretrain", *SHORT, "--out", first)
     fork("tokenizer", "finetune", *SHORT, "--pretrained", first / "last.pt", "--out", second)
     assert "last.pt: encoder; starting fresh" in capfd.readouterr().out
+    # A function makes the model, and its class is ours. So its name is kept.
+    refused(second, "evaluate.py", "last.pt", says="holds a convolutional, not a Detector")
+    refused(second, "finetune.py", *SHORT, "--out", ".", "--resume", says="convolutional")
 
 
 @torch.no_grad()
@@ -64,7 +67,9 @@ def test_refinement_adds_up_over_the_layers():
 @pytest.mark.parametrize("name, flags, says", [
     ("dataset", ["--data", "nowhere"], "nowhere/ImageSets/Main/train.txt is missing"),
     ("tokenizer", [], "give pretrain or finetune first"),
-    ("tokenizer", ["--help"], "give pretrain or finetune first")])
+    ("tokenizer", ["--help"], "give pretrain or finetune first"),
+    ("tokenizer", ["finetune", *SHORT, "--layout", "released"], "perhaps those of convolutional"),
+    ("adaptor", [*SHORT, "--layout", "released"], "perhaps those of MaxDetector")])
 def test_bad_input_of_a_fork_is_one_line(fork, name, flags, says, capsys):
     with pytest.raises(SystemExit) as stop:
         fork(name, *flags)

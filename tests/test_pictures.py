@@ -265,7 +265,7 @@ def test_reference_points_are_drawn_in_pixels_of_the_image(model, monkeypatch, t
             parameter[25:] = parameter[:25]
     args = Namespace(image_size=80, attention=3, amp="off")
     image = Image.new("RGB", (60, 40), "teal")
-    evaluate.draw_attention(model, image, list("abc"), args, torch.device("cpu"), tmp_path / "x.png")
+    evaluate.draw_attention(model, image, list("abc"), args, tmp_path / "x.png")
     expected = model.queries(1).references[0].detach() * torch.tensor([60.0, 40.0])
     for references, _, _ in drawn["layers"]:
         torch.testing.assert_close(references * drawn["padded"], expected, atol=1e-4, rtol=0)
