@@ -120,6 +120,7 @@ def test_lines_of_other_code_or_flags_do_not_count(run, project, monkeypatch):
     monkeypatch.setitem(claims.ARMS, "no adaptor", ("finetune.py", "stage 1", "--adaptor none --lr 1"))
     _, calls = run("--seeds", "1")
     assert calls[19:] == ["no adaptor-0"]  # its flags are others now
+    code = claims.digest_of_code()
     (project / "model.py").write_text("x = 2\n", encoding="utf-8")
     with open(project / "docs" / "claims.jsonl", encoding="utf-8") as f:
         assert len(f.readlines()) == 20
@@ -127,6 +128,10 @@ def test_lines_of_other_code_or_flags_do_not_count(run, project, monkeypatch):
     claims.main()
     page = (project / "runs" / f"claims-{claims.digest_of_code()}" / "report.md").read_text()
     assert "C1" not in page  # nothing has been run with this code
+    monkeypatch.setattr(claims, "SAME_CODE", {code})
+    claims.main()
+    page = (project / "runs" / f"claims-{claims.digest_of_code()}" / "report.md").read_text()
+    assert "C1" in page  # unless it is known to train to the same weights
 
 
 def test_on_another_machine_a_checkpoint_is_made_again_but_not_its_line(run, project):
