@@ -142,12 +142,11 @@ def mean_score(ground_truth, detections):
     return dict.fromkeys(METRICS, float(np.mean([d["score"] for d in detections])))
 
 
-def test_interrupted_corruption_passes_go_on(checkpoint, tmp_path, monkeypatch, capsys):
+def test_interrupted_corruption_passes_go_on(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "coco_metrics", mean_score)
     command = [checkpoint, "--limit-val", 3, "--corruptions", "fog", "gaussian_noise",
                "--severities", 1, 5]
     run(monkeypatch, *command, "--out", tmp_path / "whole")
-    printed = capsys.readouterr().out
     whole = json.loads((tmp_path / "whole" / "corruptions.json").read_text())
 
     passes, real = [], evaluate.detect
@@ -175,10 +174,6 @@ def test_interrupted_corruption_passes_go_on(checkpoint, tmp_path, monkeypatch, 
     found = detect(model, dataset, Namespace(workers=0, amp="off"), torch.device("cpu"))
     assert whole["corruptions"]["fog"]["5"] == mean_score(None, found) != whole["clean"]
 
-    # The printed row, computed from the file.
-    each = [metrics["AP"] for name in whole["corruptions"].values() for metrics in name.values()]
-    assert len(each) == 4 and f"(mPC) {100 * np.mean(each):.1f}," in printed
-    assert "of 4 of the 75 corruptions and severities only" in printed
     assert Image.open(tmp_path / "cut" / "corruptions.png").size[0] > 1000
     with pytest.raises(InputError, match="holds another evaluation"):
         run(monkeypatch, *command, "--out", tmp_path / "cut", "--limit-val", 2)
