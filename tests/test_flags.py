@@ -41,12 +41,18 @@ TREE = {"class_tree_list": [[i] if i < 2 else [i, i % 2] for i in range(8)]}
 
 def outcome(stage, folder, monkeypatch, flags) -> dict:
     """Everything that can be seen of a run, and each entry of its model's Config."""
+    mixing, mix = [], pretrain.mix
+
+    def spy(images, targets, rng, *alphas):
+        mixing.append(rng.bit_generator.state)
+        return mix(images, targets, rng, *alphas)
+    monkeypatch.setattr(pretrain, "mix", spy)
     started, last, _ = run(stage, folder, monkeypatch, flags)
     items = [r for r in record if r[0] == "train"]
     models = [r for r in record if r[0] == "model"]
     log = engine.read_log(folder / "run" / "log.jsonl")
     evaluations = [e for e in log if "loss" not in e]
-    return {"order": [r[2] for r in items], "epochs": [r[1] for r in items],
+    return {"order": [r[2] for r in items], "epochs": [r[1] for r in items], "mixing": mixing,
             "pixels": digest(r[3][0] for r in sorted(items, key=lambda r: r[1:3])),
             "micro-batches": [len(r[1]) for r in models if r[2]],
             "inputs": digest(torch.cat([r[1].flatten() for r in models if r[2]])[None]),
@@ -81,7 +87,7 @@ TABLE = {  # flags: what differs from the plain run. The small models have no dr
         "--pretrained {checkpoint}": {"weights"}},
     pretrain: {
         "--data shapes-hard": {"val"},  # the five training pictures have the same colours in both
-        "--epochs 3": LONGER, "--lr 0.02": {"rates", "weights"},
+        "--epochs 3": {"mixing", *LONGER}, "--lr 0.02": {"rates", "weights"},
         "--schedule one-cycle": {"rates", "weights"},
         "--warmup-epochs 0": {"rates", "weights"},
         "--batch-size 3": {"order", "epochs", "micro-batches", *SEEN},
@@ -92,11 +98,11 @@ TABLE = {  # flags: what differs from the plain run. The small models have no dr
         "--cutmix 1": {"inputs", "weights", "logged"},
         "--smoothing 0": {"weights"}, "--drop-path 0.5": {"drop_path"}, "--class-tokens 2": {"class_tokens"},
         "--variant mini-wide": {"queries", *WIDE}, "--structure encoder-decoder": {"structure"},
-        "--seed 8": {"order", "random", "start", *SEEN}, "--limit-val 3": {"val"},
+        "--seed 8": {"order", "mixing", "random", "start", *SEEN}, "--limit-val 3": {"val"},
         "--limit-train 4": {"order", *SEEN}, "--amp bf16": {"precision"}, "--compile": {"compiled"},
         "--activation-checkpointing": {"checkpointing"}, "--eval-every 3": {"val", "evaluated"},
         "--workers 1": {"order", "epochs", "pixels"},
-        "--init {checkpoint}": {"weights"}, "--tree {tree}": {"weights", "scores"}}}
+        "--init {checkpoint}": {"weights"}, "--tree {tree}": {"mixing", "weights", "scores"}}}
 
 
 @pytest.mark.parametrize("stage", TABLE, ids=lambda stage: stage.__name__)
