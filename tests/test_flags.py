@@ -52,7 +52,7 @@ def outcome(stage, folder, monkeypatch, flags) -> dict:
     models = [r for r in record if r[0] == "model"]
     log = engine.read_log(folder / "run" / "log.jsonl")
     evaluations = [e for e in log if "loss" not in e]
-    return {"order": [r[2] for r in items], "epochs": [r[1] for r in items], "mixing": mixing,
+    return {"order": [r[2] for r in items], "epochs": [r[1] for r in items], "mixing": [*mixing],
             "pixels": digest(r[3][0] for r in sorted(items, key=lambda r: r[1:3])),
             "micro-batches": [len(r[1]) for r in models if r[2]],
             "inputs": digest(torch.cat([r[1].flatten() for r in models if r[2]])[None]),
