@@ -115,8 +115,8 @@ def digest_of_code() -> str:
 def read_lines(args: argparse.Namespace) -> dict[tuple[str, int], dict]:
     """(arm, seed) -> its line, of the finished runs of this code and these flags."""
     lines = read_log(args.lines) if args.lines.exists() else []
-    ours = [e for e in lines if e.get("code") in {args.code, *SAME_CODE}
-            and e.get("flags") == args.flags.get(e["arm"])]
+    codes = {args.code, *SAME_CODE}
+    ours = [e for e in lines if e.get("code") in codes and e.get("flags") == args.flags.get(e["arm"])]
     if len(ours) < len(lines):
         tqdm.write(f"note: {len(lines) - len(ours)} lines of {args.lines} are of other code or flags")
     return {(e["arm"], e["seed"]): e for e in ours}

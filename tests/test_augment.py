@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from extras import augment
 
@@ -30,11 +30,18 @@ def test_operations_on_every_grey_value(name, expected, level):
     assert np.array_equal(got, expected(np.arange(256), level).reshape(16, 16))
 
 
+def test_equalize_makes_four_common_greys_even():
+    four = Image.fromarray(np.array([[0, 10, 20, 255]], np.uint8).repeat(25500, 0)).convert("RGB")
+    assert grey(augment.OPERATIONS["Equalize"](four, 9, 1))[0].tolist() == [0, 85, 170, 255]
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_enhancements_blend_with_their_degenerate_picture(sign):
     x = np.asarray(PICTURE).astype(float)
     luma = np.asarray(PICTURE.convert("L")).astype(float)[..., None]
-    for name, degenerate in (("Brightness", 0), ("Color", luma), ("Contrast", int(luma.mean() + 0.5))):
+    smooth = np.asarray(PICTURE.filter(ImageFilter.SMOOTH)).astype(float)
+    for name, degenerate in (("Brightness", 0), ("Color", luma), ("Contrast", int(luma.mean() + 0.5)),
+                             ("Sharpness", smooth)):
         for level, factor in ((5, 1 + sign * 0.45), (10, 1 + sign * 0.9)):
             got = np.asarray(augment.OPERATIONS[name](PICTURE, level, sign))
             expected = (degenerate + factor * (x - degenerate)).clip(0, 255)
@@ -77,7 +84,8 @@ def test_rand_augment_draws_two_of_fifteen_and_skips_half(monkeypatch):
 
 
 def test_random_resized_crop_has_the_stated_area_and_aspect(monkeypatch):
-    boxes, spy = [], lambda image, size, resample, box: boxes.append(box) or image
+    boxes, filters = [], set()
+    spy = lambda image, size, kind, box: boxes.append(box) or filters.add(kind) or image
     monkeypatch.setattr(Image.Image, "resize", spy)
     generator, image = rng(0), Image.new("RGB", (400, 300))
     for _ in range(2000):
@@ -86,18 +94,11 @@ def test_random_resized_crop_has_the_stated_area_and_aspect(monkeypatch):
     area, aspect = (x1 - x0) * (y1 - y0) / 120000, (x1 - x0) / (y1 - y0)
     assert x0.min() >= 0 and y0.min() >= 0 and x1.max() <= 400 and y1.max() <= 300
     assert 0.075 < area.min() < 0.1 and area.max() > 0.9
-    assert 0.745 < aspect.min() and aspect.max() < 1.345
+    assert 0.745 < aspect.min() and aspect.max() < 1.345 and filters == {Image.Resampling.BICUBIC}
     monkeypatch.undo()
     # No part of a long strip has a permitted aspect ratio, so the middle of the largest one is taken.
     strip = Image.fromarray(np.arange(400, dtype=np.uint8)[None].repeat(6, 0)).convert("RGB")
     assert grey(augment.random_resized_crop(strip, 8, rng(0))).mean() == pytest.approx(199.5, abs=1)
-
-
-def test_centre_crop_takes_224_of_256():
-    image = Image.new("RGB", (512, 1024), (255, 0, 0))
-    image.paste((0, 255, 0), (32, 288, 480, 736))  # half of it is the middle 224 x 224 of 256 x 512
-    got = np.asarray(augment.centre_crop(image, 224))
-    assert got.shape == (224, 224, 3) and (got[8:-8, 8:-8] == (0, 255, 0)).all()
 
 
 @pytest.mark.parametrize("size", [64, 160, 224])
@@ -117,7 +118,7 @@ def test_centre_crop_rounds_as_torchvision(monkeypatch, size):
 
 
 def test_random_erasing_replaces_one_rectangle_by_noise():
-    areas = []
+    areas, aspects = [], []
     for seed in range(400):
         pixels = augment.random_erasing(torch.full((3, 60, 80), 7.0), rng(seed))
         y, x = (pixels != 7).any(0).nonzero(as_tuple=True)
@@ -125,9 +126,11 @@ def test_random_erasing_replaces_one_rectangle_by_noise():
             h, w = (int(side.max() - side.min() + 1) for side in (y, x))
             assert len(y) == h * w and 0.28 < h / w < 3.6  # a whole rectangle
             areas.append(h * w / 4800)
+            aspects.append(h / w)
             noise = pixels[:, y.min():y.max() + 1, x.min():x.max() + 1]
             assert abs(noise.mean()) < 6 / math.sqrt(noise.numel()) and abs(noise.std() - 1) < 0.3
     assert len(areas) / 400 == pytest.approx(0.25, abs=0.06) and min(areas) > 0.015 and max(areas) < 0.36
+    assert min(aspects) < 0.4 and max(aspects) > 2.5
 
 
 def test_cutout_paints_half_the_side_in_one_colour():
@@ -158,9 +161,9 @@ def test_mixup_blends_with_the_reversed_batch():
 def test_the_cutmix_box_has_side_sqrt_of_one_minus_lambda():
     class Fixed:  # a generator with known draws
         random = lambda self: 0.4
-        beta = lambda self, a, b: 0.75
+        beta = lambda self, a, b: {(0.9, 0.9): 0.75}[a, b]
         integers = lambda self, high: high // 2
-    got, soft = augment.mix(two_pictures(40, 80), torch.eye(2), Fixed())
+    got, soft = augment.mix(two_pictures(40, 80), torch.eye(2), Fixed(), cutmix=0.9)
     expected = torch.zeros(40, 80)
     expected[10:30, 20:60] = 1  # half of each side, in the middle
     assert torch.equal(got[0, 1], expected) and soft[0].tolist() == [0.75, 0.25]

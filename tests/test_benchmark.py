@@ -118,6 +118,12 @@ def test_a_stage_is_measured_and_nothing_is_written(tmp_path, monkeypatch, capsy
     assert not list(tmp_path.iterdir())
 
 
+def test_the_model_is_measured_as_it_is_trained():
+    args = benchmark.finetune.parse(["--activation-checkpointing", "--layout", "released"])
+    model = benchmark.build_model(Detector, 3, args)
+    assert model.training and model.encoder.checkpointing and hasattr(model.adaptor, "norms")
+
+
 def test_without_the_module_resource_the_peak_is_unknown(monkeypatch, capsys):
     """Windows does not have it."""
     monkeypatch.setitem(sys.modules, "resource", None)  # importing it raises ImportError
@@ -244,9 +250,12 @@ def test_one_command_for_a_gpu_runs_to_its_end_on_a_cpu(tmp_path, monkeypatch, c
         assert set(row["seconds"]) == {"kernel", "cold", "reference", "stacked"}
         assert all(forward > 0 for forward, _ in row["seconds"].values())
         assert f"{1e6 * row['seconds']['reference'][0] / row['batch']:.0f} |" in page
+    row = {"batch": 2, "seconds": {"kernel": [4e-6, 8e-6], "cold": None}, "bounds": [1e-6, 4e-6]}
+    assert benchmark.row_cells(row) == ("2", "25%", "-", "4", "50%", "-")
     step, = result["training"]["batches"]
     parts = step["parts"]
     assert list(parts) == ["forward", "matching and loss", "backward", "clipping and AdamW"]
+    assert f"milliseconds: forward {1000 * parts['forward']:.1f}, " in page
     assert step["images_per_second"] * step["seconds"] == pytest.approx(1)
     assert step["hours"] == pytest.approx(118_287 * 50 * step["seconds"] / 3600)
 

@@ -225,12 +225,6 @@ def test_several_processes_at_once_leave_one_whole_file(write):
     assert os.listdir(path.parent) == ["instances_train.json"]
 
 
-def test_the_conversion_starts_no_process(write, monkeypatch):
-    """It would wait for ever after its parent was killed."""
-    monkeypatch.setattr(os, "fork", None)
-    assert len(convert(write([entry("car", rect(1, 2, 9, 8))]), "train")["annotations"]) == 1
-
-
 def test_a_byte_order_mark_is_accepted(write):
     assert seen(write([], text="\ufeff" + scene())) == [("car", [1, 2, 9, 7], 63, 0)]
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 from conftest import ROOT
@@ -187,17 +188,22 @@ def test_children_end_with_their_parent(how, project):
     ([0.30, 0.30, 0.30], [0.33, 0.34, 0.33], ("-3.3", "-4.3 to -2.4", "0.010", "**against the paper**")),
     ([0.300, 0.305, 0.305], [0.30, 0.30, 0.31], ("+0.0", "-0.8 to +0.8", "1.000",
                                                  "no difference above 0.8")),
+    ([0.300, 0.303, 0.303], [0.30, 0.30, 0.31], ("-0.1", "-1.0 to +0.7", "0.697",
+                                                 "no difference above 1.0")),
     ([0.30, 0.34, 0.29], [0.30, 0.30, 0.30], ("+1.0", "-3.5 to +5.5", "0.580", "undecided")),
     ([0.3], [0.2], ("+10.0", "-", "-", "undecided"))])
 def test_verdicts_by_hand(better, worse, result):
     assert claims.verdict(better, worse, tests=13) == result
 
 
-def test_the_asterisk_is_bonferroni():
+def test_the_asterisk_is_bonferroni(tmp_path):
     """t = 6 / (1 / sqrt 3) = 10.39 with 2 degrees of freedom: p = 0.0091, below 0.05 / 5 alone."""
     better, worse = [0.35, 0.36, 0.37], [0.30, 0.30, 0.30]
     assert claims.verdict(better, worse, tests=5)[2] == "0.009*"
     assert claims.verdict(better, worse, tests=6)[2] == "0.009"
+    lines = {(arm, seed): {"scores": {"AP": ap}} for arm, values in (("FP-DETR", better), ("Bi-LSTM", worse))
+             for seed, ap in enumerate(values)}
+    assert " 0.009 |" in claims.write_report(lines, Namespace(out=tmp_path, quick=False))  # 13 comparisons
 
 
 def test_the_arms_of_a_claim_differ_in_what_it_compares():

@@ -17,6 +17,8 @@ import engine
 import finetune
 from data import detection_set
 from evaluate import detect_image, load_detector
+from extras.corruptions import NAMES
+from extras.shapes import SHAPES
 from model import VARIANTS, Detector
 
 FAST = "--epochs 2 --limit-train 24 --limit-val 6 --batch-size 8 --eval-every 1".split()
@@ -38,6 +40,7 @@ def check_run_folder(out, picture, score):
     assert {p.name for p in out.iterdir()} == files
     assert json.loads((out / "args.json").read_text())["variant"] == "tiny"
     assert min(Image.open(out / name).size[0] for name in ("training.png", "curves.png", picture)) > 500
+    assert not engine.MACHINE_FLAGS & set(json.loads((out / "metrics.json").read_text()))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [entry["epoch"] for entry in log if score in entry] == [1, 2]
     return [entry for entry in log if "loss" in entry]
@@ -79,7 +82,7 @@ def test_boxes_of_a_file_are_evaluated(tmp_path):
         scores = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
         assert least <= round(scores["AP"], 6) <= most
     for bad in ([{"image_id": 1}], {}, [{**perfect[0], "category_id": 99}],
-                [{**perfect[0], "bbox": [1, 2, -3, 4]}]):
+                [{**perfect[0], "bbox": [1, 2, -3, 4]}], [{**perfect[0], "score": float("nan")}]):
         (tmp_path / "bad.json").write_text(json.dumps(bad))
         refused(tmp_path, "evaluate.py", "--predictions", "bad.json", *data, says="bad.json: entry 0")
 
@@ -114,14 +117,14 @@ def test_the_first_line_says_what_is_trained_on_what(tmp_path, capsys):
         content["annotations"][2]["bbox"][:2] = [900, 900]
     coco_folder(tmp_path / "data", train=change)
     objects = len(detection_set("shapes", "train", limit=16).ground_truth["annotations"]) - 3
-    call(tmp_path, "finetune.py", *OWN, "--queries", 5)
+    call(tmp_path, "finetune.py", *OWN, "--queries", 5, "--lr-drop", 1)
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if line.startswith("tiny: "))
     for part in ("0.4M parameters", "8 classes", f"16 images, {objects} objects", "2 steps per epoch",
                  "left out: 1 crowd regions, 1 empty, 1 outside of their image", "2 in all",
                  "cpu, float32, attention by "):
         assert part in line
-    assert "fewer than 3,000 steps" in printed
+    assert "fewer than 3,000 steps" in printed and "learning rate never drops" in printed
     # A start from a detector keeps its queries.
     call(tmp_path, "finetune.py", *OWN, "--overwrite", "--pretrained", "run/best.pt")
     assert "queries, adaptor, class_head, box_head; starting fresh: nothing" in capsys.readouterr().out
@@ -135,9 +138,35 @@ def test_the_first_line_says_what_is_trained_on_what(tmp_path, capsys):
     shutil.copytree(tmp_path / "other", tmp_path / "run" / "data")
     own = [*OWN, "--data", "run/data", "--overwrite"]
     refused(tmp_path, "finetune.py", *own, says="would remove run and in it run/data, which this run needs")
+    own = [*OWN, "--data", "../data", "--out", ".", "--overwrite"]
+    refused(tmp_path / "run", "finetune.py", *own, says="would remove . and in it ., which this run needs")
 
 
-def test_sets_without_objects(tmp_path, capsys):
+def test_the_paper_stands_below_an_evaluation_of_a_model_of_its_size_on_its_data(tmp_path, capsys):
+    model, folder = Detector(VARIANTS["lite"], 8), coco_folder(tmp_path / "elsewhere")
+    for split in ("train", "val"):
+        (folder / split).rename(folder / f"{split}2017")
+        old = folder / "annotations" / f"instances_{split}.json"
+        old.rename(old.with_name(f"instances_{split}2017.json"))
+    args = Namespace(layout="paper", data="coco", data_root="elsewhere", image_size=64)
+    description = engine.describe_run(model, args, "finetune", list(SHAPES), images=16)
+    engine.save_checkpoint(tmp_path / "lite.pt", {**description, "model": model.state_dict()})
+    for flags, rows in (([], 1), (["--limit-val", 2], 0), (["--split", "train"], 0)):
+        call(tmp_path, "evaluate.py", "lite.pt", *flags, "--workers", 0, "--device", "cpu")
+        paper = re.findall("paper, FP-DETR-Lite(.*)", capsys.readouterr().out)
+        assert [row.split()[1::2] for row in paper] == rows * ["37.2 56.5 40.4 21.7 40.0 48.6".split()]
+    # --overwrite does not remove a folder that holds --data-root.
+    (folder / "args.json").touch()
+    own = ["--data", "coco", "--data-root", "elsewhere", "--out", "elsewhere", "--overwrite"]
+    refused(tmp_path, "finetune.py", *own, says="would remove elsewhere and in it elsewhere,")
+
+
+def test_sets_without_objects_or_with_other_classes(tmp_path, capsys):
+    def rename(content):
+        content["categories"][0]["name"] = "disk"
+    coco_folder(tmp_path / "other" / "data", val=rename)
+    refused(tmp_path / "other", "finetune.py", *OWN, says="different classes: circle, disk")
+
     def no_objects(content):
         content["annotations"] = []
 
@@ -261,6 +290,7 @@ def test_rows_of_table_3_train_resume_and_evaluate(shared, adaptor, tmp_path, ca
     out, flags = tmp_path / "run", [*SHORT, "--adaptor", *adaptor, "--out", tmp_path / "run"]
     call(tmp_path, "finetune.py", *flags)
     call(tmp_path, "finetune.py", *flags, "--resume", "--epochs", "2")
+    refused(tmp_path, "finetune.py", *flags, "--resume", says="in epoch 2 of 2: give --epochs 2 or more")
     call(tmp_path, "evaluate.py", out / "last.pt", *"--limit-val 2 --workers 0 --device cpu".split())
     row = table_row(3, out, capsys)
     parameters = sum(p.numel() for p in load_detector(out / "last.pt")[0].parameters())
@@ -324,6 +354,7 @@ def test_pretraining_on_a_folder_with_the_semantic_softmax(tmp_path, capsys):
     call(tmp_path, "pretrain.py", *flags, *tree)
     assert "semantic_top1" in capsys.readouterr().out
     call(tmp_path, "pretrain.py", *flags, *tree, "--resume", "--epochs", "3")
+    refused(tmp_path, "pretrain.py", *flags, *tree, "--resume", says="in epoch 3 of 3: give --epochs 3")
 
     flags += ["--out", "new"]
     (tmp_path / "four.json").write_text(json.dumps({"class_tree_list": [[0], [1, 0], [2], [3]]}))
@@ -349,6 +380,8 @@ def test_pretraining_on_a_folder_with_the_semantic_softmax(tmp_path, capsys):
     ("finetune.py", ["--lr", "nan"], "nan is not 0 or more"),
     ("pretrain.py", ["--data", "imagenet"], "imagenet/train is missing"),
     ("pretrain.py", ["--data", "imagenet21k"], "needs --tree"),
+    ("pretrain.py", ["--tree", "x.json", "--mixup", "1"], "one label per image"),
+    ("pretrain.py", ["--tree", "x.json", "--cutmix", "1"], "one label per image"),
     ("evaluate.py", ["gone.pt", "--data", "shapes"], "gone.pt is missing")])
 def test_missing_files_and_impossible_flags(program, flags, says, tmp_path):
     refused(tmp_path, program, *flags, says=says)
@@ -358,6 +391,8 @@ def test_what_does_not_fit_a_trained_detector(trained):
     refused(trained, "finetune.py", *FAST, says="already holds a run")
     last = "runs/finetune-tiny-shapes/last.pt"
     refused(trained, "evaluate.py", last, "--images", "c.jpg", "--out", "none", says="c.jpg is missing")
+    twice = ["--images", *2 * ["runs/finetune-tiny-shapes/curves.png"], "--out", "none"]
+    refused(trained, "evaluate.py", last, *twice, says="have the same name")
     model = Detector(VARIANTS["tiny"], 3)
     args, classes = Namespace(layout="paper"), ["a", "b", "c"]
     description = engine.describe_run(model, args, "finetune", classes, images=1)
@@ -396,7 +431,8 @@ def test_every_command_of_the_texts_is_understood(monkeypatch):
         script, *flags = command.split()[1:]
         monkeypatch.setattr(sys, "argv", [script, *flags])
         try:
-            importlib.import_module(script.removesuffix(".py")).parse()
+            args = importlib.import_module(script.removesuffix(".py")).parse()
+            assert "--corruptions all" not in command or args.corruptions == list(NAMES)
         except SystemExit:
             pytest.fail(command)
 

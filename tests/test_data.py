@@ -22,14 +22,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data import (Transform, classification_set, classification_transform, coco_format, crop,
                   detection_set, flip, micro_batches, pad_batch, read_annotations, read_image, resize,
                   to_image, to_tensor)
 from engine import InputError
 from evaluate import coco_metrics
-from extras import augment
+from extras import augment, shapes
 
 RED, GREEN = (250, 10, 10), (10, 250, 10)
 
@@ -60,15 +60,14 @@ def test_grey_pictures_of_8_and_16_bits(tmp_path):
         assert np.array_equal(read_image(tmp_path / "grey.png"), np.full((4, 5, 3), 77))
 
 
-@pytest.mark.parametrize("orientation, size, red", [(1, (64, 48), (24, 5)), (3, (64, 48), (24, 58)),
-                                                    (6, (48, 64), (5, 24)), (8, (48, 64), (58, 24))])
-def test_exif_rotation_is_applied(tmp_path, orientation, size, red):
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    two_coloured().save(tmp_path / "a.jpg", exif=exif, quality=95)
+    PICTURE.save(tmp_path / "a.jpg", exif=exif)
     image = read_image(tmp_path / "a.jpg")
-    assert image.size == size
-    assert abs(np.asarray(image)[red].astype(int) - RED).max() < 30
+    assert np.array_equal(image, ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg")))
+    assert image.size == ((64, 48) if orientation < 5 else (48, 64))
     # Boxes may have been drawn on the unrotated picture.
     assert read_image(tmp_path / "a.jpg", size=(64, 48)).size == (64, 48)
 
@@ -150,16 +149,20 @@ def test_the_test_size_is_800_by_at_most_1333(size, expected):
                                      np.random.default_rng(0))
     assert image.size == expected
     assert np.allclose(boxes, [[0, 0, *expected]])
+    half, _, _ = Transform(400)(Image.new("RGB", size), boxes, np.array([0]), np.random.default_rng(0))
+    assert half.size == pytest.approx([side / 2 for side in expected], abs=1)
 
 
 def test_training_sizes_are_deformable_detrs():
-    sizes, image = [], Image.new("RGB", (640, 480))
-    for seed in range(160):
-        rng = np.random.default_rng(seed)
-        sizes.append(Transform(800, "paper")(image, np.zeros((0, 4)), np.zeros(0, int), rng)[0].size)
+    rng, sample = np.random.default_rng(0), (Image.new("RGB", (640, 480)), np.zeros((0, 4)), np.zeros(0))
+    sizes = [Transform(800, "paper")(*sample, rng)[0].size for _ in range(160)]
     whole = [h for w, h in sizes if abs(w / h - 4 / 3) < 0.01]
     assert set(whole) == set(range(480, 801, 32)) and max(max(size) for size in sizes) <= 1333
     assert 60 < len(whole) < 115  # the others, about half, are crops
+    crops = np.array([Transform(800).random_crop(*sample, rng)[0].size for _ in range(300)])
+    assert 384 <= crops.min() < 390 and 590 < crops.max() <= 600
+    # Of a short side of 400, 500 or 600: all of the crops are as low as 400 pixels, 17 of 117 or 17 of 217.
+    assert np.mean(crops[:, 1] <= 400) == pytest.approx((1 + 17 / 117 + 17 / 217) / 3, abs=0.08)
 
 
 def test_batches_are_padded_at_the_right_and_bottom():
@@ -431,15 +434,24 @@ def test_real_coco_images_and_their_official_annotations(shared):
 # -------------------------------------------------------------------------------- generated pictures
 
 def test_shapes_are_seeded_and_the_splits_share_no_image():
-    train, again, val = ([r.image().tobytes() for r in detection_set("shapes", split, limit=100).records]
-                         for split in ("train", "train", "val"))
-    assert train == again and len({*train, *val}) == 200
+    for make in (lambda split: detection_set("shapes", split, limit=100).records.sources,
+                 lambda split: classification_set("shapes", split, limit=100).sources):
+        train, again, val = ([p.tobytes() for p in make(split)] for split in ("train", "train", "val"))
+        assert train == again and len({*train, *val}) == 200
+
+
+def test_numbers_of_generated_pictures(monkeypatch):
+    nothing = Image.new("RGB", (1, 1)), np.zeros((0, 4)), np.zeros(1)
+    monkeypatch.setattr(shapes, "shape_scene", lambda *_, **__: nothing)
+    assert [len(make("shapes", split, None)[0]) for split in ("train", "val") for make in (
+        shapes.detection_pictures, shapes.classification_pictures)] == [8000, 8000, 1000, 400]
 
 
 def test_shapes_boxes_are_tight_and_all_classes_occur():
     dataset = detection_set("shapes", "train", limit=300)
     assert len(dataset.classes) == 8 and {k for r in dataset.records for k in r.labels} == set(range(8))
     assert {len(r.labels) for r in dataset.records} == {0, 1, 2, 3}
+    assert all(a["area"] == a["bbox"][2] * a["bbox"][3] for a in dataset.ground_truth["annotations"])
     # An object alone in its picture is saturated on a dull ground, so its colours show where it is.
     errors = []
     for r in [r for r in dataset.records if len(r.labels) == 1]:
@@ -512,9 +524,12 @@ def test_any_folder_of_class_folders(tmp_path):
         classification_set(str(tmp_path), "train")
     (deep / "round").unlink()
     (tmp_path / "train" / "eel").mkdir()
-    for split, says in (("train", "class folder .*train/eel is empty"), ("val", "val is missing")):
+    for data, split, says in ((tmp_path, "train", "class folder .*train/eel is empty"),
+                              (tmp_path, "val", "val is missing"),
+                              ("imagenet21k", "train", "/imagenet21k_train is missing"),
+                              ("imagenet21k", "val", "/imagenet21k_val is missing")):
         with pytest.raises(InputError, match=says):
-            classification_set(str(tmp_path), split)
+            classification_set(str(data), split, str(tmp_path))
 
 
 @pytest.mark.parametrize("kind, steps", [

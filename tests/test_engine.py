@@ -105,7 +105,9 @@ def test_only_the_same_run_can_be_resumed(tmp_path):
         model = model(config, len(classes))
         return engine.describe_run(model, Namespace(**{**args, **flags}), "finetune", classes, images)
     saved = {**description(), "optimizer": {}, "epoch": 3}
-    for same in (description(), description(workers=0, epochs=9), description(epochs=3)):
+    machine = dict(workers=0, data_root="x", device="cuda", micro_batch=1, activation_checkpointing=True,
+                   compile=True, eval_every=3, out="x", resume=True, overwrite=True)
+    for same in (description(), description(**machine, epochs=9), description(epochs=3)):
         engine.check_resumed(saved, same, tmp_path)
     for other, says in ((description(lr=0.2), r"--lr 0.1 \(now 0.2\)"),
                         (description(images=8), "images 9"),
@@ -133,6 +135,25 @@ def test_epochs_of_a_resumed_run_may_grow_but_not_fall_below_the_steps_taken(cap
             engine.check_epochs(Namespace(epochs=epochs, schedule="step"), saved, steps=4)
 
 
+def test_a_checkpoint_is_saved_every_ten_minutes_if_all_weights_are_finite(tmp_path):
+    model, flags = torch.nn.Linear(1, 1), dict(out=tmp_path, overwrite=False, data="x")
+    optimizer, run = torch.optim.SGD(model.parameters()), engine.Run(Namespace(resume=False, **flags), "x")
+    run.saved_at -= 590
+    assert not run.must_save()
+    run.saved_at -= 20
+    assert run.must_save()
+    run.save({}, model, optimizer, step=1)
+    assert not run.must_save()
+    resumed = engine.Run(Namespace(resume=True, **flags), "x")
+    os.utime(run.last, (1, 1))
+    with pytest.raises(InputError, match="another process has just written"):
+        resumed.open(Namespace(resume=True, **flags))
+    model.bias.data.fill_(float("inf"))
+    with pytest.raises(InputError, match="not finite after step 2"):
+        run.save({}, model, optimizer, step=2)
+    assert engine.load_checkpoint(run.last)["step"] == 1
+
+
 # ---------------------------------------------------------------------------------- batches and flags
 
 def test_batches_cover_an_epoch_once_whatever_the_number_of_processes(monkeypatch):
@@ -148,7 +169,7 @@ def test_batches_cover_an_epoch_once_whatever_the_number_of_processes(monkeypatc
     assert sorted(i for batch in epoch(1) for i in batch) == list(range(10))
     assert [len(b) for b in epoch(1)] == [4, 4, 2]
     assert epoch(1) == epoch(2) == epoch(3)  # with three, one process has nothing in the last batch
-    assert epoch(1) != epoch(1, number=1) and epoch(1) != epoch(1, seed=1)
+    assert epoch(1) != epoch(1, number=1) != epoch(1, seed=1) != epoch(1)
     assert epoch(1, skip=2) == epoch(1)[2:]
     sampler = engine.BatchSampler(10, 4, 0)
     assert [sampler.images_after(step) for step in range(7)] == [0, 4, 8, 10, 14, 18, 20]

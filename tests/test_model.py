@@ -46,14 +46,6 @@ def size(kind: type, config: Config, classes: int, layout: str = "paper") -> int
         return count(LAYOUTS[layout](kind(config, classes)))
 
 
-def test_the_tokenizer_of_table_6():
-    tokenizer = Tokenizer(VARIANTS["lite"])
-    levels = tokenizer(torch.zeros(1, 3, 224, 224))
-    assert [tuple(x.shape) for x in levels] == [(1, s, s, 256) for s in (28, 14, 7, 4)]  # Table 6: 3
-    # Counted by hand from Table 6: convolutions, norms, projections.
-    assert count(tokenizer) == 480_000 + 1_536 + 197_632
-
-
 @pytest.mark.parametrize("h, w", [(224, 224), (64, 192), (100, 159)])
 def test_tokens_see_every_pixel_and_lie_where_the_model_believes(h, w):
     encoder = shaken(Classifier(TINY, 2).double()).encoder
@@ -223,15 +215,6 @@ def test_several_class_tokens_are_pooled_by_their_mean():
     torch.testing.assert_close(classifier(images), sum(answers) / 3, rtol=0, atol=1e-12)
 
 
-def test_sine_positions_of_a_hand_computed_case():
-    valid = torch.tensor([[[True, True, False]]])  # one row, two valid columns of three
-    counts = torch.tensor([[2, 1]], dtype=torch.float64)
-    got = sine_positions(valid, counts, 4)[0, 0]  # (3, 4): sin y, cos y, sin x, cos x
-    for x, place in ((0, 0.25), (1, 0.75)):  # centres of two columns, in parts of the image's width
-        expected = [0, -1, math.sin(2 * math.pi * place), math.cos(2 * math.pi * place)]
-        assert got[x].tolist() == pytest.approx(expected, abs=1e-5)
-
-
 def test_sine_positions_equal_a_loop_over_valid_tokens():
     """Of padded maps. The third column of the second one is half a token."""
     valid = torch.zeros(2, 3, 4, dtype=torch.bool)
@@ -252,6 +235,21 @@ def test_boxes_start_at_the_reference_points():
     boxes = detector(torch.randn(1, 3, 64, 64))["pred_boxes"]
     torch.testing.assert_close(boxes[..., :2], detector.queries(1).references, rtol=0, atol=1e-4)
     assert boxes[..., 2:].flatten().tolist() == pytest.approx([0.1192029] * 100, abs=1e-6)  # sigmoid(-2)
+
+
+@pytest.mark.parametrize("adaptor", ["self-attention", "bilstm"])
+def test_weights_start_as_in_the_released_code(adaptor):
+    """Matrices: Xavier's uniform distribution, which ends at sqrt(6 / (inputs + outputs)), torch's own one
+    in the heads, which ends at 1 / sqrt(inputs), or zeros. Each class starts at 1 %."""
+    detector = Detector(replace(TINY, adaptor=adaptor), 5)
+    for name, p in detector.named_parameters():
+        if "weight" in name and p.ndim == 2:
+            zero = any(part in name for part in ("sampling_offsets", "attention_weights", "box_head.4"))
+            end = 0 if zero else 1 / 8 if "_head" in name else math.sqrt(6 / sum(p.shape))
+            assert p.abs().max().item() == pytest.approx(end, rel=0.05), name
+    assert detector.class_head.bias.sigmoid().tolist() == pytest.approx([0.01] * 5)
+    for p in (detector.encoder.level_embed, *list(detector.queries.parameters())[:2]):
+        assert p.std().item() == pytest.approx(1, abs=0.15)  # normal
 
 
 def sigmoid(x):

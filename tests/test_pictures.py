@@ -82,6 +82,14 @@ def test_results_have_the_truth_as_white_lines():
     assert not (differs(cell, pictures.colour_of(0)) < 40).any()
 
 
+def test_wrong_answers_are_red_and_name_the_right_class():
+    grey, answers = Image.new("RGB", (400, 400), "grey"), torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+    expected = [pictures.draw_boxes(grey, [(None, text, colour)], 16) for text, colour in (
+        ("cat 0.90", (255, 255, 255)), ("dog 0.80, not cat", (255, 99, 71)))]
+    sheet = pictures.predictions_sheet([grey, grey], answers, [0, 0], ["cat", "dog"])
+    assert np.array_equal(sheet, pictures.sheet_of(expected))
+
+
 def test_labels_hide_neither_boxes_nor_labels():
     """The inside of the boxes stays, though one lies where the other's label would be. Boxes in the same
     place show all their labels."""
@@ -185,32 +193,40 @@ def test_curves_leave_out_missing_scores(tmp_path):
     assert a == b and a != c and d
 
 
-def test_curves_are_in_percent(monkeypatch, tmp_path):
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that would be written."""
     from matplotlib.figure import Figure
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    pictures.draw_curves([{"step": 1, "AP": 0.25}, {"step": 2, "AP": 0.5}], ("AP",), tmp_path / "a.png")
-    axis = drawn[0].axes[1]
-    assert axis.lines[0].get_ydata().tolist() == [25, 50]
-    assert axis.get_ylim() == (0, 100) and axis.get_ylabel() == "percent"
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    return figures
+
+
+def heights(axis):
+    return {line.get_label(): list(line.get_ydata()) for line in axis.lines}
+
+
+def test_curves_are_the_losses_and_the_scores_in_percent(drawn, tmp_path):
+    log = [dict(step=1, AP=0.25, loss=3.0, loss_class=2.0), dict(step=2, AP=0.5, loss=0.5, loss_class=0.25)]
+    pictures.draw_curves(log, ("AP",), tmp_path / "a.png")
+    left, right = drawn[0].axes
+    assert heights(left) == {"loss": [3, 0.5], "loss_class": [2, 0.25]}
+    assert heights(right) == {"AP": [25, 50]}
+    assert right.get_ylim() == (0, 100) and right.get_ylabel() == "percent"
 
 
 @pytest.mark.parametrize("value", [math.nan, -100.0])
-def test_chart_without_numbers(value, monkeypatch, tmp_path):
-    from matplotlib.figure import Figure
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+def test_chart_without_numbers(value, drawn, tmp_path):
     for row in ((value,) * 4, (20.0, value, 30.0, 0.0)):
         pictures.corruption_chart(tuple("abc"), row, value, row, tmp_path / "x.png")
     for axis in (figure.axes[0] for figure in drawn):
         assert "clean images: -" in axis.get_legend_handles_labels()[1] and axis.get_ylim()[0] == 0
 
 
-def test_chart_has_a_bar_as_high_as_each_number(tmp_path):
-    pictures.corruption_chart(tuple("abc"), (20.0, 10.0, 30.0, 0.0), 40.0, None, tmp_path / "x.png")
-    bars = differs(Image.open(tmp_path / "x.png"), (42, 157, 143)) < 12
-    heights = [h for h in bars.sum(0) if h > 20]
-    assert heights[-1] / heights[0] == pytest.approx(3, abs=0.1)  # 30 and 10; the bar of 0 is not there
+def test_chart_has_a_bar_as_high_as_each_number(drawn, tmp_path):
+    pictures.corruption_chart(tuple("abc"), (20.0, 10.0, 30.0, 0.0), 40.0, (1.0, 2.0, 3.0, 4.0), tmp_path)
+    assert [bar.get_height() for bar in drawn[0].axes[0].patches] == [20, 10, 30, 0]
+    assert heights(drawn[0].axes[0]) == {"clean images: 40.0": [40, 40], "paper, Table 4": [1, 2, 3, 4]}
 
 
 # ------------------------------------------------------------------------------ where the queries look

@@ -54,7 +54,7 @@ def test_every_activation_matches_the_authors_code(shared):
 
 
 @pytest.mark.parametrize("variant", ["lite", "small", "base"])
-def test_released_checkpoints_of_all_variants_load_and_detect(shared, variant):
+def test_released_checkpoints_of_all_variants_load_and_detect(shared, variant, tmp_path):
     """Random weights under the authors' names and shapes. Lite's list is their own; the other two follow
     from it by the sizes of Table 1."""
     c, state = VARIANTS[variant], {}
@@ -69,7 +69,10 @@ def test_released_checkpoints_of_all_variants_load_and_detect(shared, variant):
     for key in [k for k in state if "_branches." in k]:  # six names for each tensor of the heads
         before, after = key.split("branches.")
         state[key] = state[f"{before}branches.0{after[1:]}"]
-    detector = load_released({"meta": {"CLASSES": ("x",)}, "state_dict": state})
+    names = [f"thing {i}" for i in range(80)]
+    torch.save({"meta": {"CLASSES": tuple(names)}, "state_dict": state}, tmp_path / "x.pth")
+    assert read_checkpoint(tmp_path / "x.pth")["classes"] == names
+    detector = load_released(tmp_path / "x.pth")
     assert detector.encoder.config == c and not detector.training
     with torch.no_grad():
         assert detector(torch.randn(1, 3, 64, 96))["pred_logits"].shape == (1, 300, 80)

@@ -75,12 +75,15 @@ def saved(folder) -> int:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(stage, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = start(stage, whole, "--workers", "0")
+    whole, killed, first = (tmp_path / name for name in ("whole", "killed", "first"))
+    assert end_of(start(stage, first, "--epochs", "1", save_every=1e9)) == 0
+    begin = "--pretrained" if stage == "finetune" else "--init", str(first / "last.pt")
+    process = start(stage, whole, "--workers", "0", *begin)
     moments = random.Random(stage)
     reached = []  # the step from which each start goes on
     for kill in range(10):
-        victim, before = start(stage, killed, "--workers", str(kill % 2), "--resume"), saved(killed)
+        victim = start(stage, killed, "--workers", str(kill % 2), "--resume", *begin)
+        before = saved(killed)
         if kill % 3:  # after the first step, perhaps while the next checkpoint is written
             wait_for(lambda: saved(killed) > before)
             time.sleep(moments.uniform(0, 0.05))
@@ -90,7 +93,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(stage, tmp_path):
         victim.join()
         assert victim.exitcode == -signal.SIGKILL
         reached += [weights(killed)["step"]] if saved(killed) else []
-    last = start(stage, killed, "--workers", "0", "--resume")
+    last = start(stage, killed, "--workers", "0", "--resume", *begin)
     assert end_of(last) == end_of(process) == 0
     assert reached == sorted(reached) and len(set(reached)) > 4 and reached[-1] < 18
     a, b = weights(whole), weights(killed)
@@ -100,6 +103,8 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(stage, tmp_path):
     assert [e["epoch"] for e in log if "loss" not in e] == [3, 6]  # each evaluation once
     steps = [e["step"] for e in log if "loss" in e]
     assert steps == sorted(set(steps)) and steps[-1] == 18
+    seconds = [e["seconds"] for e in log]
+    assert seconds == sorted(seconds)
 
 
 @pytest.mark.parametrize("stage", STAGES)
