@@ -57,7 +57,10 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Image.I
         raise InputError(f"image {path} is missing or no file")
     try:
         with Image.open(path, formats=FORMATS) as image:
+            wide = image.mode[0] in "RL" and any("16" in str(tile[3]) for tile in image.tile)
             image.load()
+            if wide and max(most for _, most in image.convert("RGB").getextrema()) < 16:
+                raise ValueError("its 16-bit colours hold 8 or 12 bits: save it with 8 bits")
             turn = UPRIGHT.get(exif_orientation(image))
             upright = image.copy() if turn is None else image.transpose(turn)
             if size is not None and upright.size != size and image.size == size:
@@ -385,7 +388,7 @@ def read_annotations(source: Path | dict, limit: int | None = None) -> tuple[Ann
     """
     file = "given as a dict" if isinstance(source, dict) else source
     place = "the file"
-    names, image_ids, sizes, index_of = [], [], [], {}
+    names, image_ids, sizes, index_of, merged, seen = [], [], [], {}, set(), set()
     category_of = {}
     boxes, areas, image_of, labels, crowds = (array(kind) for kind in "ddqqb")
     try:
@@ -405,6 +408,7 @@ def read_annotations(source: Path | dict, limit: int | None = None) -> tuple[Ann
             index = index_of[id] = index_of_name.setdefault(os.path.normpath(name), len(names))
             if index < len(names):
                 require(sizes[index] == size, f"another entry of {name} has another size")
+                merged.add(index)
                 continue
             names.append(name)
             image_ids.append(id)
@@ -432,9 +436,14 @@ def read_annotations(source: Path | dict, limit: int | None = None) -> tuple[Ann
             require(type(category) is int and category in label_of,
                     f"its category_id {category!r:.60} does not exist")
             require(crowd in (0, 1), "its iscrowd is not 0 or 1")
+            index = index_of[image]
+            if index in merged:  # each of its entries may have all of its objects
+                if (index, category, crowd, *box) in seen:
+                    continue
+                seen.add((index, category, crowd, *box))
             boxes.extend(box)
             areas.append(area if is_number(area) and area >= 0 else box[2] * box[3])
-            image_of.append(index_of[image])
+            image_of.append(index)
             labels.append(label_of[category])
             crowds.append(int(crowd))
     except OSError as e:
@@ -445,7 +454,7 @@ def read_annotations(source: Path | dict, limit: int | None = None) -> tuple[Ann
 
     sizes, image_of = np.array(sizes), np.array(image_of)
     boxes, crowd = np.array(boxes).reshape(-1, 4), np.array(crowds, bool)
-    check_convention(boxes[~crowd], sizes[image_of][~crowd], file)
+    check_convention(boxes[~crowd], sizes[image_of][~crowd], f"annotations {file}")
     known = image_of < (limit or len(names))
     boxes, areas, image_of, labels, crowd = (
         x[known] for x in (boxes, np.array(areas), image_of, np.array(labels), crowd))
@@ -465,9 +474,9 @@ def read_annotations(source: Path | dict, limit: int | None = None) -> tuple[Ann
                        {what: int(n) for what, n in left_out.items()}), names
 
 
-def check_convention(boxes: np.ndarray, sizes: np.ndarray, file: Path | str) -> None:
+def check_convention(boxes: np.ndarray, sizes: np.ndarray, where: str) -> None:
     """Raises InputError if boxes (m, 4) are not x, y, w, h in pixels, but look like corners, centres or
-    shares of the image. sizes: (m, 2), of their images."""
+    shares of the image. sizes: (m, 2), of their images. where: what the message begins with."""
     # The limits below were chosen on 7,500 boxes of two real sets: none leaves its image by more than a
     # pixel, or has a side below one. Read as centres 29 % would leave it, as corners 75 %.
     has_area = (boxes[:, 2:] > 0).all(1)
@@ -478,14 +487,14 @@ def check_convention(boxes: np.ndarray, sizes: np.ndarray, file: Path | str) -> 
     fits_as_corners = ((boxes[:, 2:] >= boxes[:, :2]) & (boxes[:, 2:] <= sizes + 1)).all(1)
     tiny = (boxes[:, 2:] < 1).any(1)
     form = "COCO format has x, y, width, height in pixels, and x, y is the top left corner"
-    share = f"annotations {file}: {100 * leaves.mean():.0f} % of the boxes leave their image"
+    share = f"{where}: {100 * leaves.mean():.0f} % of the boxes leave their image"
     if leaves.mean() > 0.1 and fits_as_corners.mean() > 0.95 and len(boxes) >= 4:
         raise InputError(f"{share}, but nearly all would fit as corners x0, y0, x1, y1: {form}")
     if leaves.mean() > 0.2 and leaves.sum() >= 20:
         raise InputError(f"{share}: {form}")
     if tiny.mean() > 0.5:
-        raise InputError(f"annotations {file}: {100 * tiny.mean():.0f} % of the boxes have a side below "
-                         f"one pixel, as if they were normalised: {form}")
+        raise InputError(f"{where}: {100 * tiny.mean():.0f} % of the boxes have a side below one pixel, "
+                         f"as if they were normalised: {form}")
     if leaves.mean() > 0.05:
         note(f"{share} by more than a pixel and are clipped; {form}")
 
@@ -667,6 +676,9 @@ def image_folder(folder: Path, limit: int | None = None, **options) -> Classific
     if len(classes) < 2:
         raise InputError(f"{folder} holds {len(classes)} class folders: needed are two or more, each "
                          f"with images")
+    beside = [p.name for p in os.scandir(folder) if p.is_file() and not p.name.startswith(".")]
+    if beside:
+        note(f"{folder}: {len(beside)} files beside the class folders are left out, as {beside[0]}")
     labels, turns = array("i"), array("i")  # a file is the turns[i]-th of its class
 
     def names() -> Iterable[str]:

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -53,6 +54,9 @@ def note(text: str) -> None:
 def run_script(main: Callable, **options) -> None:
     """Runs main(**options). Prints a user's mistake as one line, not as a traceback; exit code 2."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook names one that only works inside of it
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # for terminals that know ASCII only
@@ -94,10 +98,9 @@ def run_script(main: Callable, **options) -> None:
         code, text = 130, "interrupted; a training run goes on from its last checkpoint with --resume"
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        kill_loading_processes()  # they ignore SIGTERM, so the exit would wait for them for ever
         if dist.is_initialized():
             dist.destroy_process_group()
-    # Out here the exception is gone, and with it the last reference to the data loading processes.
-    # They ignore SIGTERM, so exiting inside of `except` would wait for them for ever.
     if text:
         tqdm.write(text, file=sys.stderr)  # below a progress bar, not inside it
     if text != "":
@@ -112,7 +115,8 @@ class Help(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         is_number = type(action.default) in (int, float)  # 0 is a default, too
         shown = action.default not in (None, False, argparse.SUPPRESS) or is_number
-        return action.help + (" (default: %(default)s)" if shown and "default" not in action.help else "")
+        said = "default" in action.help
+        return action.help + (" (default: %(default)s)" if shown and not said else "")
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if "\n" in text else super()._fill_text(text, width, indent)
@@ -223,8 +227,11 @@ def setup(args: argparse.Namespace) -> torch.device:
                                  f"lower --nproc_per_node, or give --device cpu")
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        # gloo serves tensors on the CPU, so that exchanging a flag does not wait for the GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        try:  # gloo serves tensors on the CPU, so that exchanging a flag does not wait for the GPU
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        except ValueError as e:
+            raise InputError(f"the variables of torchrun are wrong ({e}): start with torchrun, or unset "
+                             f"WORLD_SIZE for one process") from None
     # Emulated on older GPUs, it is slower than float32.
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     args.amp = args.amp or ("bf16" if has_bf16 else "off")
@@ -348,8 +355,9 @@ def collate_and_share(collate: Callable, samples: list) -> object:
     except RuntimeError as e:
         if "shared memory" not in str(e) and "shm" not in str(e):
             raise
-        raise InputError(f"the shared memory of the data loading processes is full ({e}): give fewer "
-                         f"--workers, or 0, or more memory (docker run --shm-size=8g)") from None
+        raise InputError(f"the shared memory of the data loading processes is full "
+                         f"({' '.join(str(e).split())}): give fewer --workers, or 0, or more memory "
+                         f"(docker run --shm-size=8g)") from None
     return batch
 
 
@@ -388,10 +396,7 @@ def read_batches(loader: DataLoader, run: "Run") -> Iterator:
             with run.interruptible():
                 batch = next(batches, None)
         except (Exception, Terminated) as e:
-            # Its traceback refers to itself and to `batches`. The data loading processes ignore SIGTERM,
-            # so they end only when nothing refers to `batches`.
-            error = e.with_traceback(None)
-            del batches
+            error = e
         if error is not None and not isinstance(error, (InputError, Terminated)):
             raise error
         if any_process(error is not None):
@@ -546,11 +551,12 @@ ENCODER_SIZES = ("dim", "mlp_dim", "heads", "tokenizer_dim", "layers", "entry_la
                  "structure")
 
 
-def copy_weights(model: nn.Module, checkpoint: dict, stage: str, layout: str, path: str | Path) -> str:
+def copy_weights(model: nn.Module, checkpoint: dict, stage: str, layout: str, classes: list[str],
+                 path: str | Path) -> str:
     """Copies a checkpoint's weights into a fresh model. Returns a line that names the parts it loaded.
 
     The encoder is loaded strictly. From a checkpoint of the same stage, the other parts are loaded too
-    where their shapes are equal. (With another number of classes: all parts but the class head.)
+    where their shapes are equal, and the class head if it is for the same classes in the same order.
 
     Raises:
         InputError: it is no checkpoint, or its encoder has another size or layout.
@@ -564,12 +570,15 @@ def copy_weights(model: nn.Module, checkpoint: dict, stage: str, layout: str, pa
     if different:
         raise InputError(f"{path} holds another encoder: {', '.join(different)}: change --variant, "
                          f"--structure or --layout")
+    unnamed = [f"class {i}" for i in range(len(classes))]  # in some authors' files
+    same_classes = checkpoint.get("classes") in (classes, unnamed)
     loaded, fresh = [], []
     for name, part in model.named_children():
         state = {k.removeprefix(name + "."): v for k, v in checkpoint["model"].items()
                  if k.startswith(name + ".")}
         shapes = {k: v.shape for k, v in part.state_dict().items()}
         fits = shapes == {k: v.shape for k, v in state.items()}
+        fits = fits and (name != "class_head" or same_classes)
         if name == "encoder" or checkpoint.get("stage") == stage and fits:
             try:
                 part.load_state_dict(state)
@@ -654,7 +663,8 @@ class Run:
             if self.arguments.exists() and args.overwrite and not args.resume:
                 self.remove(args)
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock("r+" if self.arguments.exists() and args.resume else "x")
+            mode = "r+" if self.arguments.exists() and args.resume else "x"
+            self.locked = open_locked(self.arguments, mode)
             self.locked.truncate()
             json.dump(plain(args), self.locked, indent=1)
             self.locked.flush()
@@ -671,19 +681,6 @@ class Run:
                     f.write("\n")
             self.log(resumed=True, epoch=self.state["epoch"], step=self.state["step"])
 
-    def lock(self, mode: str) -> None:
-        """Opens args.json and holds a lock on it until this process ends: only one run writes here. (On
-        Windows, and where the file system has no locks, only "x" keeps two new runs apart.)"""
-        self.locked = open(self.arguments, mode, encoding="utf-8")
-        try:
-            if fcntl is not None:
-                fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise InputError(f"another process is training in {self.folder}: wait for it, or name "
-                             f"another --out") from None
-        except OSError:
-            pass
-
     def remove(self, args: argparse.Namespace) -> None:
         """Removes the folder for --overwrite, unless another run is in it, or the data, which are read
         later. (A checkpoint to start from has been read.)"""
@@ -691,9 +688,10 @@ class Run:
             if Path(path).resolve().is_relative_to(self.folder.resolve()):
                 raise InputError(f"--overwrite would remove {self.folder} and in it {path}, which this "
                                  f"run needs: name another --out")
-        self.lock("r+")
-        self.locked.close()  # an open file cannot be removed on Windows
-        shutil.rmtree(self.folder.resolve())
+        open_locked(self.arguments, "r+").close()  # an open file cannot be removed on Windows
+        folder = self.folder.resolve()  # not a link to it
+        shutil.rmtree(folder)
+        folder.mkdir()
 
     def save(self, description: dict, model: nn.Module, optimizer: torch.optim.Optimizer,
              **counters) -> None:
@@ -738,6 +736,22 @@ class Run:
         minutes = (time.time() - self.started) / 60
         print(f"{val.name}, {len(val)} images, after {minutes:.1f} minutes: {in_percent(scores)}\n"
               f"everything of this run: {self.folder}")
+
+
+def open_locked(path: Path, mode: str) -> TextIO:
+    """Opens a file and locks it until it is closed or this process ends. So only one process writes into
+    its folder. InputError if another one holds the lock. (On Windows, and where the file system has no
+    locks, only the mode "x" keeps two new runs apart.)"""
+    file = open(path, mode, encoding="utf-8")
+    try:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"another process is at work in {path.parent}: wait for it, or name another "
+                         f"--out") from None
+    except OSError:
+        pass
+    return file
 
 
 def read_log(path: Path) -> list[dict]:

@@ -29,8 +29,8 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 import engine
-from data import (DETECTION_DATA, DetectionSet, Transform, corners, detection_set, is_number, pad_batch,
-                  read_image, to_tensor)
+from data import (DETECTION_DATA, DetectionSet, Transform, check_convention, corners, detection_set,
+                  is_number, pad_batch, read_image, to_tensor, whole)
 from engine import InputError
 from extras import pictures, released, tables
 from extras.hf import load_hugging_face
@@ -196,6 +196,8 @@ def evaluate_corruptions(model: torch.nn.Module, dataset: DetectionSet, evaluati
         raise InputError(f"image {dataset.name_of(small[0])} is too small for the corruptions, which "
                          f"need 32 pixels a side: take it out of the annotations")
     path = args.out / "corruptions.json"
+    if engine.rank() == 0:
+        locked = engine.open_locked(path.with_suffix(".lock"), "a")  # noqa: F841 (until the end)
     state = start_corruptions(path, {**evaluation, "seed": args.seed,
                                      "frost_dir": str(args.frost_dir or "generated")})
     passes = [("clean", 0)] + [(n, s) for n in args.corruptions for s in args.severities]
@@ -406,8 +408,8 @@ def load_detector(path: str | Path,
     if checkpoint.get("stage") != "finetune":
         raise InputError(f"{path} holds no detector: give a checkpoint of finetune.py or a released one")
     try:
-        model = released.build_model(detector, Config(**checkpoint["config"]), len(checkpoint["classes"]),
-                                     checkpoint["layout"])
+        config = Config(**checkpoint["config"])
+        model = released.build_model(detector, config, len(checkpoint["classes"]), checkpoint["layout"])
         engine.check_model_class(checkpoint, model.made_by, path)
         dtype = checkpoint["model"]["encoder.level_embed"].dtype
         model.to(torch.promote_types(dtype, torch.float32)).load_state_dict(checkpoint["model"])
@@ -441,10 +443,12 @@ def read_results(path: str, dataset: DetectionSet) -> list[dict]:
         results = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"results {path} cannot be read ({e})") from None
-    images, categories = set(dataset.annotations.image_ids.tolist()), set(dataset.category_ids)
+    sizes = dict(zip(dataset.annotations.image_ids.tolist(), dataset.annotations.sizes))
+    categories = set(dataset.category_ids)
     for i, entry in enumerate(results if isinstance(results, list) else [None]):
         try:
-            good = (type(entry["image_id"]) is int and entry["image_id"] in images
+            entry.update({k: whole(entry[k]) for k in ("image_id", "category_id")})
+            good = (type(entry["image_id"]) is int and entry["image_id"] in sizes
                     and type(entry["category_id"]) is int and entry["category_id"] in categories
                     and type(entry["bbox"]) is list and len(entry["bbox"]) == 4
                     and all(map(is_number, [*entry["bbox"], entry["score"]]))
@@ -454,6 +458,12 @@ def read_results(path: str, dataset: DetectionSet) -> list[dict]:
         if not good:
             raise InputError(f"results {path}: entry {i} is no detection on {dataset.name}, which needs "
                              f"an image_id and a category_id of it, a bbox [x, y, w, h] and a score")
+    if results:
+        boxes = np.array([entry["bbox"] for entry in results])
+        try:
+            check_convention(boxes, np.array([sizes[entry["image_id"]] for entry in results]), path)
+        except InputError as e:  # perhaps the detector is just bad
+            engine.note(str(e))
     return results
 
 
@@ -529,6 +539,9 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
     if args.frost_dir:  # finds missing photographs before the first pass
         corrupted_picture(Image.new("RGB", (32, 32)), 0, name="frost", severity=1,
                           frost_dir=args.frost_dir)
+    if (args.out / "args.json").exists():
+        raise InputError(f"{args.out} holds a training run, and its metrics.json would be lost: name "
+                         f"another --out")
     make_folder(args.out)
     paper = paper_row(checkpoint, dataset, args.limit_val)
     if args.figure:

@@ -139,7 +139,8 @@ def detection_loss(outputs: dict, targets: list[dict],
 
 # ------------------------------------------------------------------------------------- the recipe (4.1)
 
-# Cityscapes (4.5, Table 5). The paper gives no learning rate for it; the released code has 2e-4 for Lite.
+# Cityscapes (4.5, Table 5). The paper gives no learning rate for it. The released code has 2e-4 for
+# Lite.
 CITYSCAPES_RECIPE = dict(batch_size=8)
 # Ours, for the generated data: a small model, from scratch, in minutes.
 SHAPES_RECIPE = dict(epochs=7, batch_size=16, micro_batch=16, lr=1e-3, schedule="one-cycle",
@@ -305,7 +306,8 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
                                       training_set=train.digest, validation_set=val.digest)
     state = run.resume(model, description)
     if checkpoint:
-        message = engine.copy_weights(model, checkpoint, "finetune", args.layout, args.pretrained)
+        message = engine.copy_weights(model, checkpoint, "finetune", args.layout, train.classes,
+                                      args.pretrained)
         if engine.rank() == 0:
             print(message)
     model.to(device)

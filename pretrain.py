@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Subset, default_collate
 
 import engine
-from data import (CLASSIFICATION_DATA, EMBEDDED_SETS, ClassificationSet, classification_set,
+from data import (CLASSIFICATION_DATA, EMBEDDED_SETS, ClassificationSet, classification_set, digest,
                   to_image)
 from deform_attn import operator_path
 from engine import InputError
@@ -169,8 +169,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="pooled into one before the classifier (A.2, Table 7: 300 for FP-EncDec)")
     machine = engine.add_training_flags(parser, VARIANTS)
     machine.add_argument("--compile", action="store_true",
-                         help="torch.compile: slow start, faster steps (only here, because detection has "
-                              "images of many sizes)")
+                         help="torch.compile: slow start, faster steps (not in fine-tuning, where images "
+                              "have many sizes)")
     parser.set_defaults(micro_batch=128)
 
     known, _ = parser.parse_known_args(arguments)
@@ -364,11 +364,13 @@ def main(classifier: Callable[[Config, int], Classifier] = Classifier,
                      class_tokens=args.class_tokens, adaptor="none")  # adaptors belong to detection
     model = released.build_model(classifier, config, len(train.classes), args.layout)
     description = engine.describe_run(model, args, "pretrain", train.classes, len(train),
-                                      training_set=train.digest, validation_set=val.digest)
+                                      training_set=train.digest, validation_set=val.digest,
+                                      tree=digest(args.tree.read_bytes()) if args.tree else None)
     state = run.resume(model, description)
     if args.init and not run.resumed:
         checkpoint = released.read_checkpoint(args.init)
-        message = engine.copy_weights(model, checkpoint, "pretrain", args.layout, args.init)
+        message = engine.copy_weights(model, checkpoint, "pretrain", args.layout, train.classes,
+                                      args.init)
         if engine.rank() == 0:
             print(message)
     model.to(device)

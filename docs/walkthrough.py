@@ -11,6 +11,7 @@
 import argparse
 import itertools
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -37,6 +38,8 @@ parser.add_argument("--classifier", type=Path, default=runs / "pretrain-tiny-sha
 parser.add_argument("--detector", type=Path, default=runs / "finetune-tiny-shapes" / "last.pt")
 parser.add_argument("--out", type=Path, default=runs / "walkthrough", help="folder of the slides")
 is_script = Path(sys.argv[0]).name == "walkthrough.py"
+if is_script:
+    os.environ["MPLBACKEND"] = "agg"  # a notebook names one that only works inside of it
 args = parser.parse_args(None if is_script else [])
 
 try:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from engine import Help, InputError, run_script
+from engine import Help, InputError, note, run_script
 
 # Category ids are 1 to 8 in this order. Cityscapes' own ids, which the released code's annotation files
 # keep, are 24 to 28 and 31 to 33 in the same order. So a model learns the same labels, 0 to 7.
@@ -44,6 +44,10 @@ def annotation_file(root: str | Path, split: str) -> Path:
                          f"{root}")
     if not path_of(root, split).is_file():
         convert(root, split)
+    polygons = (root / "gtFine" / split).glob("*/*_gtFine_polygons.json")
+    if any(path.stat().st_ctime > path_of(root, split).stat().st_mtime for path in polygons):
+        note(f"{path_of(root, split)} is older than some of its polygons: python -m extras.cityscapes "
+             f"{root} makes it anew")
     return path_of(root, split)
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from scipy.stats import ttest_rel
 from tqdm import tqdm
 
-from engine import Help, InputError, natural, positive, read_log, run_script
+from engine import Help, InputError, natural, open_locked, positive, read_log, run_script
 from extras.pictures import new_figure
 from extras.tables import corruption_row, markdown, mean_and_deviation, read_json
 
@@ -278,6 +278,7 @@ def main() -> None:
     if sys.platform == "linux":  # children get SIGTERM even if this process is killed
         args.end_with_parent = partial(ctypes.CDLL(None).prctl, 1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     args.out.mkdir(parents=True, exist_ok=True)
+    locked = open_locked(args.out / "lock", "a")  # noqa: F841 (until this function ends)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # run_all then ends its children
     lines = read_lines(args)
     run_all(missing(lines, args), lines, args)

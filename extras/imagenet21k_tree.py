@@ -48,7 +48,8 @@ def build_tree(is_a: Path, classes: Path, out: Path) -> str:
 def read_words(path: Path) -> list[list[str]]:
     """The words of each line that is not empty."""
     try:
-        return [words for line in path.read_text().splitlines() if (words := line.split())]
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        return [words for line in lines if (words := line.split())]
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path} cannot be read: {e}") from None
 

@@ -248,7 +248,7 @@ def attention_picture(image: Image.Image, layers: list, padded: tuple[float, flo
     """
     rows, columns, (w, h) = len(found["queries"]), len(layers), image.size
     cell = min(2.6, 8.4 / columns)  # inches
-    figure = new_figure(cell * columns + 2.3, max(3, rows * (cell * h / w + 0.3) + 0.3))
+    figure = new_figure(cell * columns + 2.3, max(3, rows * (cell * min(h / w, 4) + 0.3) + 0.3))
     axes = figure.subplots(rows, columns, squeeze=False)
     grey = np.asarray(ImageOps.grayscale(image)) * 0.75 + 40  # so that the dots stand out
     values = zip(*(found[k].tolist() for k in ("queries", "labels", "scores", "boxes")))

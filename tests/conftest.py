@@ -48,6 +48,17 @@ def refused(folder, program, *flags, says):
     assert sorted(folder.rglob("*")) == before
 
 
+@contextlib.contextmanager
+def locked(path):
+    """Another process holds the lock on a file."""
+    code = f"import engine; f = engine.open_locked(engine.Path({str(path)!r}), 'a'); print(); input()"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        yield
+        process.kill()
+
+
 @pytest.fixture(autouse=True)
 def default_sigterm():
     """Restores the handler of SIGTERM, which the main() of a stage replaces."""

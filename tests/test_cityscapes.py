@@ -189,6 +189,10 @@ def test_a_split_is_converted_once_and_by_the_command_anew(write, monkeypatch, c
     assert json.loads(val.read_text()) == cityscapes_to_coco(root, "val")
     val.write_text("{}")
     assert annotation_file(root, "val") == val and val.read_text() == "{}"
+    assert capsys.readouterr().out == ""
+    os.utime(val, (1, 1))
+    annotation_file(root, "val")
+    assert "instances_val.json is older than some of its polygons" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["extras/cityscapes.py", str(root)])
     cityscapes.main()
     assert capsys.readouterr().out.splitlines() == [

@@ -8,7 +8,7 @@ import time
 from argparse import Namespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, locked
 
 from engine import InputError
 from extras import claims
@@ -150,6 +150,13 @@ def test_on_another_machine_a_checkpoint_is_made_again_but_not_its_line(run, pro
 def test_a_claim_runs_its_arms_and_their_starts_alone(run):
     _, calls = run("--seeds", "1", "--claims", "C5", "--jobs", "1")
     assert calls == ["stage 1-0", "stage 1, wide-0", "FP-DETR-0", "wide-0"]
+
+
+def test_of_two_commands_at_once_the_second_is_refused(run, project):
+    run("--seeds", "1")
+    folder = next((project / "runs").glob("claims-*"))
+    with locked(folder / "lock"), pytest.raises(InputError, match="another process is at work in"):
+        run("--seeds", "2")
 
 
 def test_quick_runs_leave_the_lines_alone(run, project):

@@ -10,7 +10,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT, call, refused, run
+from conftest import ROOT, call, locked, refused, run
 from PIL import Image
 
 import engine
@@ -71,7 +71,7 @@ def test_an_evaluation_writes_the_models_best_boxes(trained):
     assert best["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0], abs=0.02)
 
 
-def test_boxes_of_a_file_are_evaluated(tmp_path):
+def test_boxes_of_a_file_are_evaluated(tmp_path, capsys):
     data = ["--data", "shapes", "--limit-val", "6"]
     truth = detection_set("shapes", "val", limit=6).ground_truth
     perfect = [{**{k: a[k] for k in ("image_id", "category_id", "bbox")}, "score": 0.9}
@@ -81,6 +81,13 @@ def test_boxes_of_a_file_are_evaluated(tmp_path):
         call(tmp_path, "evaluate.py", "--predictions", "boxes.json", *data)
         scores = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
         assert least <= round(scores["AP"], 6) <= most
+    capsys.readouterr()
+    for box in perfect:
+        x, y, w, h = box["bbox"]
+        box.update(image_id=float(box["image_id"]), bbox=[x, y, x + w, y + h])  # ids as pandas writes them
+    (tmp_path / "boxes.json").write_text(json.dumps(perfect))
+    call(tmp_path, "evaluate.py", "--predictions", "boxes.json", *data)
+    assert "nearly all would fit as corners" in capsys.readouterr().out
     for bad in ([{"image_id": 1}], {}, [{**perfect[0], "category_id": 99}],
                 [{**perfect[0], "bbox": [1, 2, -3, 4]}], [{**perfect[0], "score": float("nan")}]):
         (tmp_path / "bad.json").write_text(json.dumps(bad))
@@ -264,6 +271,8 @@ def test_coco_c_is_made_anew_for_corrected_annotations_only(trained, tmp_path, c
     del content["annotations"][0]
     file.write_text(json.dumps(content))
     refused(tmp_path, "evaluate.py", *flags, "--amp", "bf16", says="amp off (now bf16)")
+    with locked(out.with_suffix(".lock")):
+        refused(tmp_path, "evaluate.py", *flags, says="another process is at work in")
     call(tmp_path, "evaluate.py", *flags)
     after = json.loads(out.read_text())
     assert "made anew" in capsys.readouterr().out and before["of"] != after["of"]
@@ -341,7 +350,8 @@ def test_pretraining_on_a_folder_with_the_semantic_softmax(tmp_path, capsys):
             folder.mkdir(parents=True)
             for k in range(4):
                 Image.effect_noise((80, 70), 20 + 40 * i).save(folder / f"{k}.jpg")
-    (tmp_path / "is_a.txt").write_text("n1 n2\nroot n1\nroot n3\n")
+    (tmp_path / "data" / "train" / "readme.txt").write_text("")
+    (tmp_path / "is_a.txt").write_text("\ufeffn1 n2\nroot n1\nroot n3\n", encoding="utf-8")
     (tmp_path / "classes.txt").write_text("n1\nn2\nn3\n")
     build = [sys.executable, "-m", "extras.imagenet21k_tree", tmp_path / "tree.json", "--is-a",
              tmp_path / "is_a.txt", "--classes", tmp_path / "classes.txt"]
@@ -352,10 +362,15 @@ def test_pretraining_on_a_folder_with_the_semantic_softmax(tmp_path, capsys):
              "--warmup-epochs 1 --device cpu --out run").split()
     tree = ["--tree", "tree.json", "--augment", "21k"]
     call(tmp_path, "pretrain.py", *flags, *tree)
-    assert "semantic_top1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "semantic_top1" in said and "1 files beside the class folders are left out, as readme.txt" in said
     call(tmp_path, "pretrain.py", *flags, *tree, "--resume", "--epochs", "3")
     refused(tmp_path, "pretrain.py", *flags, *tree, "--resume", says="in epoch 3 of 3: give --epochs 3")
 
+    whole = (tmp_path / "tree.json").read_text()
+    assert json.loads(whole)["class_tree_list"] == [[0], [1, 0], [2]]
+    (tmp_path / "tree.json").write_text(whole + " ")
+    refused(tmp_path, "pretrain.py", *flags, *tree, "--resume", "--epochs", "4", says="tree ")
     flags += ["--out", "new"]
     (tmp_path / "four.json").write_text(json.dumps({"class_tree_list": [[0], [1, 0], [2], [3]]}))
     refused(tmp_path, "pretrain.py", *flags, "--tree", "four.json", says="has 4 classes")
@@ -391,6 +406,7 @@ def test_what_does_not_fit_a_trained_detector(trained):
     refused(trained, "finetune.py", *FAST, says="already holds a run")
     last = "runs/finetune-tiny-shapes/last.pt"
     refused(trained, "evaluate.py", last, "--images", "c.jpg", "--out", "none", says="c.jpg is missing")
+    refused(trained, "evaluate.py", last, "--out", "runs/finetune-tiny-shapes", says="a training run")
     twice = ["--images", *2 * ["runs/finetune-tiny-shapes/curves.png"], "--out", "none"]
     refused(trained, "evaluate.py", last, *twice, says="have the same name")
     model = Detector(VARIANTS["tiny"], 3)

@@ -100,6 +100,23 @@ def test_grey_of_16_bits_may_use_8_or_12_of_them(tmp_path, top, expected):
     assert np.asarray(read_image(tmp_path / "a.png"))[0, :, 0].tolist() == [0, expected]
 
 
+@pytest.mark.parametrize("top", [255, 4095, 65535])
+def test_colours_of_16_bits_must_use_all_of_them(tmp_path, top):
+    """Pillow keeps the upper 8 bits alone, so others would be black."""
+    def chunk(kind, content):
+        return (struct.pack(">I", len(content)) + kind + content
+                + struct.pack(">I", zlib.crc32(kind + content)))
+    pixels = zlib.compress(b"\0" + np.array([top, 0, top // 2], ">u2").tobytes())
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+                                     + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+    if top == 65535:
+        assert np.asarray(read_image(tmp_path / "a.png")).tolist() == [[[255, 0, 127]]]
+    else:
+        with pytest.raises(InputError, match="its 16-bit colours hold 8 or 12 bits"):
+            read_image(tmp_path / "a.png")
+
+
 def test_the_error_names_the_formats_that_are_read(tmp_path):
     (tmp_path / "a.avif").write_bytes(b"\0\0\0 ftypavif")
     with pytest.raises(InputError, match="a.avif cannot be read .*formats that are read: JPEG, PNG, WEBP"):
@@ -304,6 +321,7 @@ def test_entries_of_one_file_are_one_image(folder):
     content = json.loads(TEXT)
     content["images"].append(dict(id=11, file_name="./a.png", width=64, height=48))
     content["annotations"].append({"image_id": 11, "category_id": 3, "bbox": [2, 3, 4, 5]})
+    content["annotations"].append({**content["annotations"][0], "image_id": 11})  # counts once
     dataset = coco_format(folder / "val", content, name="x")
     assert [r.id for r in dataset.records] == [7, 9]
     assert dataset.records[0].boxes.tolist() == [[1, 2, 31, 42], [2, 3, 6, 8]]

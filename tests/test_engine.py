@@ -28,8 +28,8 @@ def save(path, model, stage="finetune", layout="paper", classes=("a", "b")):
     return path
 
 
-def start_from(model, path, stage="finetune", layout="paper"):
-    return engine.copy_weights(model, read_checkpoint(path), stage, layout, path)
+def start_from(model, path, stage="finetune", layout="paper", classes=("a", "b")):
+    return engine.copy_weights(model, read_checkpoint(path), stage, layout, list(classes), path)
 
 
 # ------------------------------------------------------------------------------------------ checkpoints
@@ -57,6 +57,11 @@ def test_a_detector_of_other_classes_gives_all_but_its_class_head(tmp_path):
     assert torch.equal(new.queries.content, old.queries.content)
     assert torch.equal(new.box_head[0].weight, old.box_head[0].weight)
     assert message.endswith("starting fresh: class_head")
+    save(tmp_path / "d.pt", Detector(TINY, 2))
+    assert start_from(new, tmp_path / "d.pt", classes="ba").endswith("starting fresh: class_head")
+    assert start_from(new, tmp_path / "d.pt").endswith("starting fresh: nothing")
+    save(tmp_path / "d.pt", Detector(TINY, 2), classes=("class 0", "class 1"))  # as some files name them
+    assert start_from(new, tmp_path / "d.pt").endswith("starting fresh: nothing")
 
 
 @pytest.mark.parametrize("variant, layout, says", [
@@ -270,13 +275,20 @@ def test_a_run_in_a_notebook_of_windows(tmp_path):
 def test_world_size_without_torchrun_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(tmp_path, "finetune.py", says="start with torchrun, or unset WORLD_SIZE")
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost"),
+                        ("MASTER_PORT", "abc")):
+        monkeypatch.setenv(name, value)
+    refused(tmp_path, "finetune.py", says="the variables of torchrun are wrong")
 
 
-def test_a_closed_pipe_and_an_ascii_terminal(tmp_path):
+def test_a_closed_pipe_closed_output_and_an_ascii_terminal(tmp_path):
     script = f"{sys.executable} {ROOT / 'evaluate.py'} --table 5"
     done = subprocess.run(["bash", "-c", f"{script} | head -1; exit ${{PIPESTATUS[0]}}"], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode in (0, 141) and done.stderr == ""  # 0: it was faster than head
+    for closed in (">&-", "2>&-"):
+        done = subprocess.run(["bash", "-c", f"{script} {closed}"], cwd=tmp_path, capture_output=True)
+        assert done.returncode == 0 and done.stderr == b""
     ascii = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(script.split(), capture_output=True, env=ascii)
     assert done.returncode == 0 and rb"28.6\xb10.2" in done.stdout

@@ -101,9 +101,9 @@ def test_released_pretraining_checkpoints_give_their_encoder(shared, tmp_path, p
     torch.save({"state_dict": state, "meta": {}}, tmp_path / "p.pth")
     checkpoint = read_checkpoint(tmp_path / "p.pth")
     detector = released_layout(Detector(VARIANTS["lite"], 80))
-    message = copy_weights(detector, checkpoint, "finetune", "released", "p.pth")
+    message = copy_weights(detector, checkpoint, "finetune", "released", list("abc"), "p.pth")
     assert message.endswith("p.pth: encoder; starting fresh: queries, adaptor, class_head, box_head")
     assert torch.equal(detector.encoder.layers[11].norm2.weight, theirs)
     assert torch.equal(detector.encoder.level_embed, state["bbox_head.transformer.level_embeds"])
     with pytest.raises(InputError, match="change --variant, --structure or --layout"):
-        copy_weights(Detector(VARIANTS["lite"], 80), checkpoint, "finetune", "paper", "p.pth")
+        copy_weights(Detector(VARIANTS["lite"], 80), checkpoint, "finetune", "paper", [], "p.pth")

@@ -169,7 +169,7 @@ def test_of_two_runs_in_one_folder_the_second_is_refused(flags, tmp_path):
     wait_for(lambda: weights(out)["step"] > 20)
     for more in ("--resume", "--overwrite"):
         assert end_of(start("finetune", out, "--epochs", "1000", more)) == 2
-        assert "another process is training in" in (tmp_path / "run.txt").read_text()
+        assert "another process is at work in" in (tmp_path / "run.txt").read_text()
     reached = weights(out)["step"]
     wait_for(lambda: weights(out)["step"] > reached)
     longer.kill()
@@ -226,29 +226,32 @@ def test_a_gradient_that_is_not_finite_names_step_and_images(stage, tmp_path):
     assert numbers == (order[8:10] + 1 if stage == "finetune" else order[16:24]).tolist()
 
 
-def break_image(stage: str, broken: int) -> None:
-    """The image at the index `broken` cannot be read."""
+def break_image(stage: str, split: str, broken: int) -> None:
+    """The image at the index `broken` of a split cannot be read."""
     gc.disable()  # the run must end without its help, too
     kind = data.DetectionSet if stage == "finetune" else data.ClassificationSet
     plain = kind.__getitem__
 
     def getitem(dataset, index):
-        if index % len(dataset) == broken:
+        if index % len(dataset) == broken and dataset.name.endswith(split):
             raise engine.InputError("image x.png cannot be read")
         return plain(dataset, index)
     kind.__getitem__ = getitem
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("stage, workers", [("finetune", "2"), ("pretrain", "2"), ("pretrain", "0")])
-def test_a_broken_image_stops_the_run_after_a_checkpoint(stage, workers, tmp_path):
-    """It is in the third batch, so two steps are saved. When it is replaced, --resume goes on."""
+def test_a_broken_image_stops_the_run_after_a_checkpoint(stage, workers, split, tmp_path):
+    """It is in the third batch, so two steps are saved. Or it is found by the evaluation at the end, so all
+    three are. When it is replaced, --resume goes on."""
     out, flags = tmp_path / "run", ("--epochs", "1", "--workers", workers, "--resume")
-    index = order_of_images(stage)[9 if stage == "finetune" else 17].item()
-    process = start(stage, out, *flags, save_every=1e9, prepare=partial(break_image, stage, index))
+    index = order_of_images(stage)[9 if stage == "finetune" else 17].item() if split == "train" else 1
+    process = start(stage, out, *flags, save_every=1e9, prepare=partial(break_image, stage, split, index))
     assert end_of(process) == 2
     said = (tmp_path / "run.txt").read_text()
     assert "Traceback" not in said
-    assert "error: image x.png cannot be read\n" in said and weights(out)["step"] == 2
+    assert "error: image x.png cannot be read\n" in said
+    assert weights(out)["step"] == (2 if split == "train" else 3)
     assert end_of(start(stage, out, *flags)) == 0
     assert weights(out)["step"] == 3 and (out / "metrics.json").exists()
 
@@ -272,6 +275,9 @@ def test_a_folder_is_resumed_or_replaced_only_if_asked(tmp_path):
     # --pretrained may lie in the folder that is replaced.
     code, said = run("--overwrite", "--pretrained", str(out / "last.pt"))
     assert code == 0 and "encoder, queries" in said and not (out / "evaluation").exists()
+    link = tmp_path / "link"
+    link.symlink_to(out)
+    assert end_of(start("finetune", link, *short, "--overwrite")) == 0 and link.is_symlink()
     (out / "last.pt").unlink()
     code, said = run("--resume")
     assert code == 2 and "last.pt is missing from a run that has results" in said
