@@ -447,7 +447,7 @@ def read_results(path: str, dataset: DetectionSet) -> list[dict]:
     categories = set(dataset.category_ids)
     for i, entry in enumerate(results if isinstance(results, list) else [None]):
         try:
-            entry.update({k: whole(entry[k]) for k in ("image_id", "category_id")})
+            entry["image_id"], entry["category_id"] = map(whole, (entry["image_id"], entry["category_id"]))
             good = (type(entry["image_id"]) is int and entry["image_id"] in sizes
                     and type(entry["category_id"]) is int and entry["category_id"] in categories
                     and type(entry["bbox"]) is list and len(entry["bbox"]) == 4
