@@ -280,6 +280,8 @@ MUTATIONS = [  # the mistake, its file, the right text, the wrong text, the test
      "[e[\"loss\"] for e in losses]", "pictures"),
     ("the clean line at the mean", "extras/pictures.py", "axis.axhline(clean,", "axis.axhline(row[0],",
      "pictures"),
+    ("points without a test", "extras/assignment.py", "\"\" if outcome.passed else \"no test could run\"",
+     "\"\"", "assignment"),
     ("speed without dropout", "extras/benchmark.py", "num_classes).train()\n    if",
      "num_classes).eval()\n    if", "benchmark"),
     ("times of a batch, not of an image", "extras/benchmark.py", "seconds[direction] / row['batch']",
