@@ -82,6 +82,13 @@ def test_a_wrong_sign_costs_the_points_of_its_part_alone(wrong, tmp_path):
         assert points == (0 if title in wrong else POINTS), f"{title}: {problem}"
 
 
+def test_a_part_whose_tests_are_not_found_has_no_points():
+    code = ("import pathlib, extras.assignment as assignment; "
+            "print(assignment.grade(pathlib.Path('finetune.py'), 'giou', 'no_such_test', 60))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert done.stdout.endswith("no test could run\n"), done.stderr
+
+
 def test_no_folder_is_overwritten_or_graded_by_mistake(tmp_path):
     (tmp_path / "notes.txt").touch()
     refused(tmp_path, "extras.assignment", tmp_path, says="exists and is not empty")

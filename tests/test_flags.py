@@ -2,6 +2,7 @@
 import argparse
 import hashlib
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ import pretrain
 from data import detection_set
 from extras.shapes import SHAPES
 from model import VARIANTS, Detector
+
+TESTS = Path(__file__).parent
 
 
 def digest(values) -> str:
@@ -103,6 +106,10 @@ TABLE = {  # flags: what differs from the plain run. The small models have no dr
         "--activation-checkpointing": {"checkpointing"}, "--eval-every 3": {"val", "evaluated"},
         "--workers 1": {"order", "epochs", "pixels"},
         "--init {checkpoint}": {"weights"}, "--tree {tree}": {"mixing", "weights", "scores"}}}
+ELSEWHERE = {  # flag: the test that tries it
+    "--layout": "test_pretraining_passes_its_encoder_to_finetuning",
+    "--resume": "test_a_folder_is_resumed_or_replaced_only_if_asked", "--overwrite": "the same",
+    "--out": "the same", "--data-root": "test_flags_that_name_places", "--device": "the same"}
 
 
 @pytest.mark.parametrize("stage", TABLE, ids=lambda stage: stage.__name__)
@@ -126,6 +133,30 @@ def test_flags_that_name_places(tmp_path, monkeypatch):
             refused(tmp_path, program, *target, "--device", "cuda", says="torch sees no GPU")
 
 
+def flags_of(module, monkeypatch) -> set[str]:
+    """The flags that the parser of a command knows."""
+    found = set()
+
+    def parse_args(parser, *_):
+        found.update(a.option_strings[-1] for a in parser._actions if a.option_strings)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(KeyboardInterrupt):
+        module.parse()
+    return found - {"--help"}
+
+
+@pytest.mark.parametrize("module", [finetune, pretrain, evaluate], ids=lambda module: module.__name__)
+def test_no_flag_is_missing_from_the_tables(module, monkeypatch):
+    tried = {flags.split()[0] for flags in {**TABLE, evaluate: EVALUATE}[module]}
+    elsewhere = {*ELSEWHERE, *ELSEWHERE_EVALUATE} if module is evaluate else {*ELSEWHERE}
+    assert tried <= flags_of(module, monkeypatch) <= tried | elsewhere
+    text = "".join(path.read_text() for path in TESTS.glob("test_*.py"))
+    for test in {*ELSEWHERE.values(), *ELSEWHERE_EVALUATE.values()} - {"the same"}:
+        assert re.search(rf"def {test}\(", text), test
+
+
 # ---------------------------------------------------------------------------------------- evaluate.py
 
 SCORED, IMAGES, FOG = {"metrics", "results"}, "--images {image}", "--corruptions fog --severities 3"
@@ -140,6 +171,11 @@ EVALUATE = {  # flags: (other flags, the files that differ)
     IMAGES: ("", {"a-detections"}), MANY: (IMAGES, {"a-detections"}),
     f"--amp bf16 {MANY}": (MANY, {"a-detections"}), f"--image-size 96 {MANY}": (MANY, {"a-detections"}),
     f"--attention 1 {IMAGES}": (IMAGES, {"a-attention"})}
+ELSEWHERE_EVALUATE = {
+    "--predictions": "test_boxes_of_a_file_are_evaluated",
+    "--table": "test_rows_of_table_3_train_resume_and_evaluate",
+    "--model": "test_the_command_evaluates_it_like_any_detector",
+    "--frost-dir": "test_missing_frost_photographs_are_found_before_the_first_pass"}
 
 
 def files_of(folder: Path) -> dict[str, list[bytes]]:
