@@ -117,6 +117,7 @@ def markdown(first: str, header: tuple[str, ...], rows: list[tuple[str, tuple]])
     """A Markdown table with aligned columns, so that it reads in a terminal too."""
     lines = [[first, *header]] + [[name, *map(cell, values)] for name, values in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    widths[1:] = [max(w, 2) for w in widths[1:]]  # the rule has two characters
     rule = ["-" * widths[0]] + ["-" * (w - 1) + ":" for w in widths[1:]]
     text = [[v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths))]
             for line in (lines[0], rule, *lines[1:])]
