@@ -83,6 +83,7 @@ def ms_deform_attn(value: Tensor, spatial_shapes: list[tuple[int, int]], referen
                          f"should be {expected[0]}, {expected[1]} and {expected[2]} for a value "
                          f"{tuple(value.shape)}")
     device = value.device
+    # The kernel packs the number of a token and four more bits into 32 bits.
     fits = (S < 2**26 and device == reference_points.device == sampling_offsets.device
             == attention_logits.device)
     if fits and can_use_kernel(device, value.dtype, reference_points.dtype, sampling_offsets.dtype,
@@ -223,6 +224,7 @@ def kernel_forward(value: Tensor, reference: Tensor, offset: Tensor, logit: Tens
 
 
 def empty_output(value, reference, offset, logit, shapes):
+    """Returns the result of kernel_forward, not yet computed."""
     B, Q, *_ = logit.shape
     _, _, M, C = value.shape
     return value.new_empty(B, Q, M * C)
@@ -248,6 +250,7 @@ def kernel_backward(grad_output: Tensor, value: Tensor, reference: Tensor, offse
 
 
 def empty_gradients(grad_output, value, reference, offset, logit, shapes):
+    """Returns the result of kernel_backward, not yet computed."""
     return value.new_empty(value.shape), offset.new_empty(offset.shape), logit.new_empty(logit.shape)
 
 
