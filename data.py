@@ -282,9 +282,11 @@ class DetectionSet(Dataset):
 
     def describe(self) -> str:
         """The number of images and objects, and of what was left out, for the first line of a run."""
-        objects = int((~self.annotations.crowd).sum())
+        counts = self.annotations.count_objects()
         left_out = ", ".join(f"{n:,} {what}" for what, n in self.annotations.left_out.items() if n)
-        return (f"{len(self):,} images, {objects:,} objects"
+        without = (counts == 0).sum()
+        return (f"{len(self):,} images, {counts.sum():,} objects"
+                + (f", {without:,} images without objects" if without else "")
                 + (f" (left out: {left_out})" if left_out else ""))
 
     def name_of(self, index: int) -> str:
@@ -356,6 +358,11 @@ class Annotations:
     categories: list[dict]     # "id" and "name", in the order of the labels
     left_out: dict[str, int]   # numbers of objects that are no training targets
 
+    def count_objects(self) -> np.ndarray:
+        """The number of objects in each image without crowd regions, (n,)."""
+        image_of = np.repeat(np.arange(len(self.image_ids)), np.diff(self.first))
+        return np.bincount(image_of[~self.crowd], minlength=len(self.image_ids))
+
     def in_coco_format(self) -> dict:
         """{"images", "annotations", "categories"}"""
         image_of = np.repeat(self.image_ids, np.diff(self.first)).tolist()
@@ -413,6 +420,7 @@ def read_annotations(source: Path | dict, limit: int | None = None) -> tuple[Ann
             names.append(name)
             image_ids.append(id)
             sizes.append(size)
+        place = "the file"
         for i, entry in enumerate(content["categories"]):
             place = f"categories[{i}]"
             id, name = whole(entry["id"]), str(entry["name"])
@@ -455,6 +463,9 @@ def read_annotations(source: Path | dict, limit: int | None = None) -> tuple[Ann
     sizes, image_of = np.array(sizes), np.array(image_of)
     boxes, crowd = np.array(boxes).reshape(-1, 4), np.array(crowds, bool)
     check_convention(boxes[~crowd], sizes[image_of][~crowd], f"annotations {file}")
+    doubled = len(boxes) - len(np.unique(np.column_stack([image_of, labels, boxes]), axis=0))
+    if doubled:
+        note(f"annotations {file}: {doubled:,} objects are listed twice, and count twice")
     known = image_of < (limit or len(names))
     boxes, areas, image_of, labels, crowd = (
         x[known] for x in (boxes, np.array(areas), image_of, np.array(labels), crowd))
@@ -592,6 +603,9 @@ def detection_set(data: str, split: str, root: str | None = None, limit: int | N
     images = folder / (split + suffix)
     annotations = folder / "annotations" / f"instances_{split}{suffix}.json"
     if (folder / "train" / "_annotations.coco.json").exists():  # as Roboflow exports
+        if annotations.exists():
+            raise InputError(f"{folder} has annotations/ and _annotations.coco.json, too: remove one of "
+                             f"them")
         images = folder / ("train" if split == "train" else "valid")
         annotations = images / "_annotations.coco.json"
     for path in (folder, images, annotations):

@@ -41,8 +41,8 @@ class InputError(ValueError):
 
 
 class Terminated(BaseException):
-    """SIGTERM came while the run waited for data or evaluated. (Not an Exception, because code that
-    reads damaged files catches those.)"""
+    """SIGTERM or Ctrl-C came while the run waited for data or evaluated. (Not an Exception, because code
+    that reads damaged files catches those.)"""
 
 
 def note(text: str) -> None:
@@ -95,9 +95,10 @@ def run_script(main: Callable, **options) -> None:
         text = (f"error: cannot write {e.filename or 'a file of the run'} ({e.strerror}); after making "
                 f"room, --resume goes on")
     except KeyboardInterrupt:
-        code, text = 130, "interrupted; a training run goes on from its last checkpoint with --resume"
+        code, text = 130, "interrupted; --resume goes on from the last checkpoint, if there is one"
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         kill_loading_processes()  # they ignore SIGTERM, so the exit would wait for them for ever
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -342,7 +343,7 @@ def make_loader(dataset: Dataset, collate: Callable, args: argparse.Namespace, d
     """Loads batches in --workers processes. collate: makes a batch of a list of items. batches: the
     arguments batch_sampler or batch_size of a DataLoader."""
     return DataLoader(dataset, collate_fn=partial(collate_and_share, collate), num_workers=args.workers,
-                      pin_memory=device.type == "cuda", worker_init_fn=ignore_sigterm, **batches)
+                      pin_memory=device.type == "cuda", worker_init_fn=ignore_signals, **batches)
 
 
 def collate_and_share(collate: Callable, samples: list) -> object:
@@ -371,10 +372,11 @@ def to_shared_memory(batch: object) -> None:
             to_shared_memory(part)
 
 
-def ignore_sigterm(_: int) -> None:
-    """For data loading processes. A cluster sends SIGTERM to all processes of a run; these must live
-    until the step has ended."""
+def ignore_signals(_: int) -> None:
+    """For data loading processes. SIGTERM and Ctrl-C reach all processes of a run; these must live until
+    the step has ended."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def kill_loading_processes() -> None:
@@ -387,7 +389,7 @@ def kill_loading_processes() -> None:
 
 
 def read_batches(loader: DataLoader, run: "Run") -> Iterator:
-    """The loader's batches. If a process meets a broken image, or gets SIGTERM, all processes raise its
+    """The loader's batches. If a process meets a broken image, or gets a signal, all processes raise its
     InputError, or Terminated, before the same step, so that they save and stop together."""
     batches = iter(loader)
     while True:
@@ -501,6 +503,8 @@ def load_checkpoint(path: str | Path) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"checkpoint {path} is missing") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder: name the last.pt or best.pt in it") from None
     except pickle.UnpicklingError:
         raise InputError(f"{path} was not unpickled: it is no checkpoint, or it holds more than tensors "
                          f"and plain containers and might run anything; give a checkpoint of this "
@@ -533,9 +537,11 @@ def check_resumed(saved: dict, now: dict, path: Path) -> None:
     before, today = identity(saved), identity(now)
     changed = [f"{k} {before.get(k)!s:.60} (now {today.get(k)!s:.60})" for k in {**before, **today}
                if before.get(k) != today.get(k)]
-    if changed or "optimizer" not in saved:
-        raise InputError(f"{path} cannot be resumed, it was made with {', '.join(changed) or 'less'}: "
-                         f"give the same flags and data, or another --out")
+    if "optimizer" not in saved:
+        raise InputError(f"{path} cannot be resumed: it is no last.pt, and lacks the optimizer's state")
+    if changed:
+        raise InputError(f"{path} cannot be resumed, it was made with {', '.join(changed)}: give the "
+                         f"same flags and data, or another --out")
 
 
 def check_model_class(checkpoint: dict, name: str, path: str | Path) -> None:
@@ -616,8 +622,9 @@ class Run:
         elif self.arguments.exists() and not (args.resume or args.overwrite):
             raise self.holds_a_run()
         self.started = self.saved_at = time.time()
-        self.terminated = self.waiting = False
-        signal.signal(signal.SIGTERM, self.on_sigterm)
+        self.stopped_by, self.waiting = None, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
 
     def holds_a_run(self) -> InputError:
         if not self.folder.is_dir():
@@ -625,18 +632,21 @@ class Run:
         return InputError(f"{self.folder} already holds a run: --resume goes on with it, --overwrite "
                           f"replaces it, --out names another folder")
 
-    def on_sigterm(self, *_) -> None:
-        """Clusters send SIGTERM before they take a machine back. A step is finished first."""
-        self.terminated = True
+    def on_signal(self, number: int, _) -> None:
+        """Clusters send SIGTERM before they take a machine back, and Ctrl-C sends SIGINT. A step is
+        finished first. A second Ctrl-C does not wait."""
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.stopped_by = signal.Signals(number).name
         if self.waiting:
             raise Terminated
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """In here, SIGTERM raises Terminated at once: while the run waits for data, or evaluates."""
+        """In here, a signal raises Terminated at once: while the run waits for data, or evaluates."""
         self.waiting = True
         try:
-            if self.terminated:
+            if self.stopped_by:
                 raise Terminated
             yield
         except Terminated:
@@ -711,8 +721,10 @@ class Run:
 
     def say_how_to_go_on(self, step: int) -> None:
         if not rank():
-            tqdm.write(f"stopped by SIGTERM after step {step}; the same command with --resume goes on "
-                       f"from {self.last}", file=sys.stderr)
+            tqdm.write(f"stopped by {self.stopped_by or 'another process'} after step {step}; the same "
+                       f"command with --resume goes on from {self.last}", file=sys.stderr)
+        if self.stopped_by == "SIGINT":
+            sys.exit(130)  # as a shell reports it
 
     def log(self, **entry) -> None:
         """Adds a line to log.jsonl."""

@@ -386,6 +386,8 @@ def parse() -> argparse.Namespace:
                      f"hf:facebook/detr-resnet-50")
     if args.predictions and (args.images or args.figure or args.corruptions):
         parser.error("--images, --figure and --corruptions need a detector, not --predictions")
+    if args.images and (args.figure or args.corruptions):
+        parser.error("--images evaluates nothing: leave out --figure and --corruptions")
     if args.attention and (args.model or not args.images):
         parser.error("--attention needs a checkpoint of FP-DETR and --images")
     if args.corruptions:
@@ -447,7 +449,8 @@ def read_results(path: str, dataset: DetectionSet) -> list[dict]:
     categories = set(dataset.category_ids)
     for i, entry in enumerate(results if isinstance(results, list) else [None]):
         try:
-            entry["image_id"], entry["category_id"] = map(whole, (entry["image_id"], entry["category_id"]))
+            for key in ("image_id", "category_id"):
+                entry[key] = whole(entry[key])
             good = (type(entry["image_id"]) is int and entry["image_id"] in sizes
                     and type(entry["category_id"]) is int and entry["category_id"] in categories
                     and type(entry["bbox"]) is list and len(entry["bbox"]) == 4
@@ -458,6 +461,9 @@ def read_results(path: str, dataset: DetectionSet) -> list[dict]:
         if not good:
             raise InputError(f"results {path}: entry {i} is no detection on {dataset.name}, which needs "
                              f"an image_id and a category_id of it, a bbox [x, y, w, h] and a score")
+    without = len(set(sizes) - {entry["image_id"] for entry in results})
+    if without:
+        engine.note(f"results {path}: {without:,} of {len(sizes):,} images have no detection")
     if results:
         boxes = np.array([entry["bbox"] for entry in results])
         try:

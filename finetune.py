@@ -295,6 +295,10 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
     check_objects(train, val)
     checkpoint = released.read_checkpoint(args.pretrained) if args.pretrained and not run.resumed else {}
     args.queries = choose_queries(args, run.state if run.resumed else checkpoint)
+    full = int((train.annotations.count_objects() > args.queries).sum())
+    if full:
+        engine.note(f"{full} of the training images have more objects than there are --queries "
+                    f"{args.queries}, and the rest of these objects cannot be found")
     try:
         config = replace(VARIANTS[args.variant], dropout=args.dropout, structure=args.structure,
                          adaptor=args.adaptor, adaptor_per_layer=args.adaptor_per_layer,
@@ -323,12 +327,13 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
     engine.check_epochs(args, state, steps)
     operator = operator_path(model, device, args.amp == "bf16")
     engine.first_line(args, model, train, steps, device, operator)
-    if steps * args.epochs < FEW_STEPS and args.data not in EMBEDDED_SETS:
+    few = steps * args.epochs < FEW_STEPS and args.schedule == "step"
+    if few and args.data not in EMBEDDED_SETS:
         engine.note(f"this run has fewer than {FEW_STEPS:,} steps, too few for the paper's recipe: "
                     f"README.md has flags for small sets (smaller batches, a higher rate, no dropout)")
     run.open(args)
     if engine.rank() == 0 and not run.resumed:
-        pictures.training_sheet(train, sampler.batches()[0][:8].tolist(), run.folder / "training.png")
+        pictures.training_sheet(train, sampler.order()[:8].tolist(), run.folder / "training.png")
 
     step, best, scores = state["step"], state["best"], state["scores"]
     means = engine.RunningMean()

@@ -196,6 +196,7 @@ def build_optimizer(model: Classifier, args: argparse.Namespace) -> torch.optim.
                              lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
 
 
+FEW_STEPS = 3000
 WARMUP_START, COSINE_END = 1e-6, 1e-5  # DeiT's learning rates at the start of its warm-up and at the end
 
 
@@ -386,9 +387,12 @@ def main(classifier: Callable[[Config, int], Classifier] = Classifier,
     engine.check_epochs(args, state, steps)
     operator = operator_path(model, device, args.amp == "bf16")
     engine.first_line(args, model, train, steps, device, operator)
+    if steps * args.epochs < FEW_STEPS and args.data not in EMBEDDED_SETS:
+        engine.note(f"this run has fewer than {FEW_STEPS:,} steps, too few to learn from: give a "
+                    f"smaller --batch-size and more --epochs")
     run.open(args)
     if engine.rank() == 0 and not run.resumed:
-        pictures.training_sheet(train, sampler.batches()[0][:8].tolist(), run.folder / "training.png")
+        pictures.training_sheet(train, sampler.order()[:8].tolist(), run.folder / "training.png")
 
     step, best, scores = state["step"], state["best"], state["scores"]
     means = engine.RunningMean()

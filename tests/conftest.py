@@ -61,9 +61,10 @@ def locked(path):
 
 @pytest.fixture(autouse=True)
 def default_sigterm():
-    """Restores the handler of SIGTERM, which the main() of a stage replaces."""
+    """Restores the handlers of signals, which the main() of a stage replaces."""
     yield
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -82,12 +82,14 @@ def test_boxes_of_a_file_are_evaluated(tmp_path, capsys):
         scores = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
         assert least <= round(scores["AP"], 6) <= most
     capsys.readouterr()
+    perfect = [box for box in perfect if box["image_id"] != 1]
     for box in perfect:
         x, y, w, h = box["bbox"]
         box.update(image_id=float(box["image_id"]), bbox=[x, y, x + w, y + h])  # ids as pandas writes them
     (tmp_path / "boxes.json").write_text(json.dumps(perfect))
     call(tmp_path, "evaluate.py", "--predictions", "boxes.json", *data)
-    assert "nearly all would fit as corners" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "nearly all would fit as corners" in said and "1 of 6 images have no detection" in said
     for bad in ([{"image_id": 1}], {}, [{**perfect[0], "category_id": 99}],
                 [{**perfect[0], "bbox": [1, 2, -3, 4]}], [{**perfect[0], "score": float("nan")}]):
         (tmp_path / "bad.json").write_text(json.dumps(bad))
@@ -123,11 +125,13 @@ def test_the_first_line_says_what_is_trained_on_what(tmp_path, capsys):
         content["annotations"][1]["bbox"][2] = 0
         content["annotations"][2]["bbox"][:2] = [900, 900]
     coco_folder(tmp_path / "data", train=change)
-    objects = len(detection_set("shapes", "train", limit=16).ground_truth["annotations"]) - 3
+    truth = detection_set("shapes", "train", limit=16).ground_truth["annotations"]
+    counts = [sum(a["image_id"] == i for a in truth[3:]) for i in range(1, 17)]
     call(tmp_path, "finetune.py", *OWN, "--queries", 5, "--lr-drop", 1)
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if line.startswith("tiny: "))
-    for part in ("0.4M parameters", "8 classes", f"16 images, {objects} objects", "2 steps per epoch",
+    for part in ("0.4M parameters", "8 classes", "2 steps per epoch",
+                 f"16 images, {sum(counts)} objects, {counts.count(0)} images without objects",
                  "left out: 1 crowd regions, 1 empty, 1 outside of their image", "2 in all",
                  "cpu, float32, attention by "):
         assert part in line
@@ -137,6 +141,15 @@ def test_the_first_line_says_what_is_trained_on_what(tmp_path, capsys):
     assert "queries, adaptor, class_head, box_head; starting fresh: nothing" in capsys.readouterr().out
     assert engine.load_checkpoint(tmp_path / "run" / "last.pt")["config"]["queries"] == 5
     call(tmp_path, "finetune.py", *OWN, "--resume", "--pretrained", "run/best.pt")
+    shutil.copy(tmp_path / "run" / "best.pt", tmp_path / "run" / "last.pt")
+    refused(tmp_path, "finetune.py", *OWN, "--resume", "--pretrained", "run/best.pt", says="is no last.pt")
+    refused(tmp_path, "evaluate.py", "run", says="run is a folder: name the last.pt")
+    capsys.readouterr()
+    call(tmp_path, "finetune.py", *OWN, "--queries", 1, "--overwrite", "--schedule", "one-cycle")
+    printed = capsys.readouterr().out
+    assert f"note: {sum(n > 1 for n in counts)} of the training images have more objects" in printed
+    assert "fewer than 3,000 steps" not in printed
+    call(tmp_path, "finetune.py", *OWN, "--overwrite", "--pretrained", "run/best.pt")
     # Other objects in as many images are another training set.
     coco_folder(tmp_path / "other", train=lambda content: content["annotations"].pop())
     shutil.copytree(tmp_path / "other", tmp_path / "data", dirs_exist_ok=True)
@@ -363,7 +376,8 @@ def test_pretraining_on_a_folder_with_the_semantic_softmax(tmp_path, capsys):
     tree = ["--tree", "tree.json", "--augment", "21k"]
     call(tmp_path, "pretrain.py", *flags, *tree)
     said = capsys.readouterr().out
-    assert "semantic_top1" in said and "1 files beside the class folders are left out, as readme.txt" in said
+    assert "fewer than 3,000 steps" in said and "semantic_top1" in said
+    assert "1 files beside the class folders are left out, as readme.txt" in said
     call(tmp_path, "pretrain.py", *flags, *tree, "--resume", "--epochs", "3")
     refused(tmp_path, "pretrain.py", *flags, *tree, "--resume", says="in epoch 3 of 3: give --epochs 3")
 

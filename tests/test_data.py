@@ -231,7 +231,8 @@ def test_coco_format_is_read_as_coco_means_it(folder):
     # pycocotools takes the id 0 for "no match".
     rows = [[a[k] for k in ("id", "iscrowd", "area", "bbox")] for a in dataset.ground_truth["annotations"]]
     assert rows == [[1, 0, 32, [60, 40, 4, 8]], [2, 1, 5, [1, 2, 3, 4]]]
-    assert dataset.describe() == "2 images, 1 objects (left out: 1 crowd regions, 1 empty)"
+    assert dataset.describe() == ("2 images, 1 objects, 1 images without objects "
+                                  "(left out: 1 crowd regions, 1 empty)")
     image, target = dataset[0]
     assert image.shape == (3, 48, 64) and target["image_id"] == 7 and target["size"] == (64, 48)
     assert torch.allclose(target["boxes"], torch.tensor([[62 / 64, 44 / 48, 4 / 64, 8 / 48]]))
@@ -317,12 +318,15 @@ def test_names_may_have_any_space_but_no_line_end(folder, name, taken):
             read_annotations(content)
 
 
-def test_entries_of_one_file_are_one_image(folder):
+def test_entries_of_one_file_are_one_image(folder, capsys):
     content = json.loads(TEXT)
     content["images"].append(dict(id=11, file_name="./a.png", width=64, height=48))
     content["annotations"].append({"image_id": 11, "category_id": 3, "bbox": [2, 3, 4, 5]})
     content["annotations"].append({**content["annotations"][0], "image_id": 11})  # counts once
     dataset = coco_format(folder / "val", content, name="x")
+    assert capsys.readouterr().out == ""
+    read_annotations({**json.loads(TEXT), "annotations": 2 * content["annotations"][:1]})
+    assert "1 objects are listed twice" in capsys.readouterr().out
     assert [r.id for r in dataset.records] == [7, 9]
     assert dataset.records[0].boxes.tolist() == [[1, 2, 31, 42], [2, 3, 6, 8]]
     content["images"][2]["width"] = 65
@@ -337,6 +341,10 @@ def test_the_layout_of_roboflow(folder):
         (folder / "annotations" / f"instances_{name}.json").rename(folder / split / "_annotations.coco.json")
     for split in ("train", "val"):
         assert len(detection_set(str(folder), split)[1][1]["labels"]) == 1
+    (folder / "annotations" / "instances_val.json").write_text(TEXT)
+    with pytest.raises(InputError, match="has annotations/ and _annotations.coco.json, too"):
+        detection_set(str(folder), "val")
+    shutil.rmtree(folder / "annotations")
     shutil.rmtree(folder / "valid")
     with pytest.raises(InputError, match="valid is missing: needed are .*_annotations.coco.json"):
         detection_set(str(folder), "val")

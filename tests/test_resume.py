@@ -107,20 +107,21 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(stage, tmp_path):
     assert seconds == sorted(seconds)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_sigterm_to_all_processes_saves_and_exits_0(stage, tmp_path):
+@pytest.mark.parametrize("stage, sent, code", [
+    ("finetune", signal.SIGTERM, 0), ("pretrain", signal.SIGTERM, 0), ("finetune", signal.SIGINT, 130)])
+def test_a_signal_to_all_processes_saves(stage, sent, code, tmp_path):
     out = tmp_path / "run"
     long = ["--epochs", "1000", "--eval-every", "1000"]
     process = start(stage, out, "--workers", "1", *long, save_every=1e9)
     wait_for(lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").read_text())
     assert not (out / "last.pt").exists()
     asked = time.time()
-    os.killpg(process.pid, signal.SIGTERM)  # also to the data loading process
-    assert end_of(process, 10) == 0 and time.time() - asked < 10
+    os.killpg(process.pid, sent)  # also to the data loading process
+    assert end_of(process, 10) == code and time.time() - asked < 10
     said = (tmp_path / "run.txt").read_text()
     step = weights(out)["step"]
     assert step >= json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] > 0
-    assert (f"stopped by SIGTERM after step {step}; the same command with --resume goes on from "
+    assert (f"stopped by {sent.name} after step {step}; the same command with --resume goes on from "
             f"{out / 'last.pt'}") in said
 
 
