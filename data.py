@@ -57,7 +57,8 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Image.I
         raise InputError(f"image {path} is missing or no file")
     try:
         with Image.open(path, formats=FORMATS) as image:
-            wide = image.mode[0] in "RL" and any("16" in str(tile[3]) for tile in image.tile)
+            stored = [str(t[3] if isinstance(t[3], str) else t[3] and t[3][0]) for t in image.tile]
+            wide = image.mode[0] in "RL" and any(s.endswith((";16B", ";16L", ";16N")) for s in stored)
             image.load()
             if wide and max(most for _, most in image.convert("RGB").getextrema()) < 16:
                 raise ValueError("its 16-bit colours hold 8 or 12 bits: save it with 8 bits")
@@ -463,9 +464,6 @@ def read_annotations(source: Path | dict, limit: int | None = None) -> tuple[Ann
     sizes, image_of = np.array(sizes), np.array(image_of)
     boxes, crowd = np.array(boxes).reshape(-1, 4), np.array(crowds, bool)
     check_convention(boxes[~crowd], sizes[image_of][~crowd], f"annotations {file}")
-    doubled = len(boxes) - len(np.unique(np.column_stack([image_of, labels, boxes]), axis=0))
-    if doubled:
-        note(f"annotations {file}: {doubled:,} objects are listed twice, and count twice")
     known = image_of < (limit or len(names))
     boxes, areas, image_of, labels, crowd = (
         x[known] for x in (boxes, np.array(areas), image_of, np.array(labels), crowd))
@@ -477,6 +475,10 @@ def read_annotations(source: Path | dict, limit: int | None = None) -> tuple[Ann
     kept, empty = (extent > 0).all(1), (boxes[:, 2:] == 0).any(1)
     left_out = {"crowd regions": crowd.sum(), "empty": (empty & ~crowd).sum(),
                 "outside of their image": (~kept & ~empty & ~crowd).sum()}
+    objects = np.column_stack([image_of, labels, clipped])[kept & ~crowd]
+    doubled = len(objects) - len(np.unique(objects, axis=0))
+    if doubled:
+        note(f"annotations {file}: {doubled:,} of the objects are listed twice, and count twice")
     order = np.flatnonzero(kept)[np.argsort(image_of[kept], kind="stable")]
     names, image_ids, sizes = names[:limit], np.array(image_ids)[:limit], sizes[:limit]
     return Annotations(image_ids, sizes, np.searchsorted(image_of[order], np.arange(len(names) + 1)),
@@ -604,8 +606,8 @@ def detection_set(data: str, split: str, root: str | None = None, limit: int | N
     annotations = folder / "annotations" / f"instances_{split}{suffix}.json"
     if (folder / "train" / "_annotations.coco.json").exists():  # as Roboflow exports
         if annotations.exists():
-            raise InputError(f"{folder} has annotations/ and _annotations.coco.json, too: remove one of "
-                             f"them")
+            raise InputError(f"{folder} has both annotations/ and train/_annotations.coco.json: remove "
+                             f"one")
         images = folder / ("train" if split == "train" else "valid")
         annotations = images / "_annotations.coco.json"
     for path in (folder, images, annotations):
@@ -692,7 +694,8 @@ def image_folder(folder: Path, limit: int | None = None, **options) -> Classific
                          f"with images")
     beside = [p.name for p in os.scandir(folder) if p.is_file() and not p.name.startswith(".")]
     if beside:
-        note(f"{folder}: {len(beside)} files beside the class folders are left out, as {beside[0]}")
+        note(f"{folder}: {len(beside)} files beside the class folders are left out, for example "
+             f"{min(beside)}")
     labels, turns = array("i"), array("i")  # a file is the turns[i]-th of its class
 
     def names() -> Iterable[str]:

@@ -21,7 +21,7 @@
 // tell a thread which one it is. 32 threads are a warp: they execute the same instruction at a time.
 // A shuffle lets threads of a warp read each other's registers. It works in groups of LANES threads. A
 // thread's number in its group is its lane. __shfl_sync(~0u, x, j, LANES) returns the x of lane j,
-// __shfl_xor_sync(~0u, x, step, LANES) that of lane (own lane ^ step). ~0u: of all threads that still run.
+// __shfl_xor_sync(~0u, x, step, LANES) that of lane (own lane ^ step). The mask ~0u names the whole warp.
 // A template is C code that is compiled for constants: template <int VEC, int LANES> for these two.
 //
 // deform_attn.py compiles this text with NVRTC for GPUs and with the system's C++ compiler for CPUs. The

@@ -95,11 +95,14 @@ def run_script(main: Callable, **options) -> None:
         text = (f"error: cannot write {e.filename or 'a file of the run'} ({e.strerror}); after making "
                 f"room, --resume goes on")
     except KeyboardInterrupt:
-        code, text = 130, "interrupted; --resume goes on from the last checkpoint, if there is one"
+        code, text = 130, "interrupted; a training run goes on with --resume"
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        kill_loading_processes()  # they ignore SIGTERM, so the exit would wait for them for ever
+        for number, handler in ((signal.SIGTERM, signal.SIG_DFL),
+                                (signal.SIGINT, signal.default_int_handler)):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, handler)
+        if text != "" or sys.exc_info()[0]:
+            kill_loading_processes()  # they ignore SIGTERM, so the exit would wait for them for ever
         if dist.is_initialized():
             dist.destroy_process_group()
     if text:
@@ -402,6 +405,7 @@ def read_batches(loader: DataLoader, run: "Run") -> Iterator:
         if error is not None and not isinstance(error, (InputError, Terminated)):
             raise error
         if any_process(error is not None):
+            kill_loading_processes()
             reasons = [text for text in gather([] if error is None else [str(error)]) if text]
             raise InputError(reasons[0]) if reasons else Terminated
         if batch is None:
@@ -623,8 +627,6 @@ class Run:
             raise self.holds_a_run()
         self.started = self.saved_at = time.time()
         self.stopped_by, self.waiting = None, False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
 
     def holds_a_run(self) -> InputError:
         if not self.folder.is_dir():
@@ -637,7 +639,7 @@ class Run:
         finished first. A second Ctrl-C does not wait."""
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.stopped_by = signal.Signals(number).name
+        self.stopped_by = self.stopped_by or signal.Signals(number).name
         if self.waiting:
             raise Terminated
 
@@ -666,9 +668,16 @@ class Run:
         return self.state
 
     def open(self, args: argparse.Namespace) -> None:
-        """Makes the folder. Called when model and data are good, so bad input leaves nothing behind."""
-        if rank():
-            return
+        """Makes the folder. Called when model and data are good, so bad input leaves nothing behind.
+        From now on, a signal lets the step end first."""
+        if rank() == 0:
+            self.make_folder(args)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # SIGINT in the background of a script
+                signal.signal(number, self.on_signal)
+
+    def make_folder(self, args: argparse.Namespace) -> None:
+        """Removes an older run if --overwrite says so, makes the folder and locks it."""
         try:
             if self.arguments.exists() and args.overwrite and not args.resume:
                 self.remove(args)

@@ -467,7 +467,8 @@ def read_results(path: str, dataset: DetectionSet) -> list[dict]:
     if results:
         boxes = np.array([entry["bbox"] for entry in results])
         try:
-            check_convention(boxes, np.array([sizes[entry["image_id"]] for entry in results]), path)
+            check_convention(boxes, np.array([sizes[entry["image_id"]] for entry in results]),
+                             f"results {path}")
         except InputError as e:  # perhaps the detector is just bad
             engine.note(str(e))
     return results
@@ -520,6 +521,8 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
     if args.table:
         print(tables.paper_table(args.table, args.checkpoint))
         return
+    if (args.out / "args.json").exists():
+        raise InputError(f"{args.out} holds a training run: name another --out")
     device = engine.setup(args)
     model, checkpoint = load_detector(args.checkpoint, detector) if args.checkpoint else (None, {})
     trained = checkpoint.get("args", {})
@@ -545,9 +548,6 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
     if args.frost_dir:  # finds missing photographs before the first pass
         corrupted_picture(Image.new("RGB", (32, 32)), 0, name="frost", severity=1,
                           frost_dir=args.frost_dir)
-    if (args.out / "args.json").exists():
-        raise InputError(f"{args.out} holds a training run, and its metrics.json would be lost: name "
-                         f"another --out")
     make_folder(args.out)
     paper = paper_row(checkpoint, dataset, args.limit_val)
     if args.figure:

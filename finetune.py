@@ -297,8 +297,8 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
     args.queries = choose_queries(args, run.state if run.resumed else checkpoint)
     full = int((train.annotations.count_objects() > args.queries).sum())
     if full:
-        engine.note(f"{full} of the training images have more objects than there are --queries "
-                    f"{args.queries}, and the rest of these objects cannot be found")
+        engine.note(f"{full} training images have more than --queries {args.queries} objects: no more "
+                    f"can be found in an image")
     try:
         config = replace(VARIANTS[args.variant], dropout=args.dropout, structure=args.structure,
                          adaptor=args.adaptor, adaptor_per_layer=args.adaptor_per_layer,

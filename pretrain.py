@@ -123,6 +123,7 @@ def semantic_accuracy(logits: Tensor, target: Tensor, tree: Tree) -> tuple[Tenso
 # starts from. Validation images are centre crops; the script squeezes them.
 RECIPE_21K = dict(variant="base", epochs=80, batch_size=4096, lr=3e-4, weight_decay=1e-4, augment="21k",
                   schedule="one-cycle", repeats=1, mixup=0.0, cutmix=0.0, smoothing=0.2, drop_path=0.0)
+FEW_STEPS = 3000  # with fewer, a fresh model learns little
 # Ours, for the generated data.
 SHAPES_RECIPE = dict(epochs=4, batch_size=32, micro_batch=32, lr=1e-3, schedule="one-cycle",
                      image_size=64, augment="flip", repeats=1, mixup=0.0, cutmix=0.0, drop_path=0.0,
@@ -196,7 +197,6 @@ def build_optimizer(model: Classifier, args: argparse.Namespace) -> torch.optim.
                              lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay)
 
 
-FEW_STEPS = 3000
 WARMUP_START, COSINE_END = 1e-6, 1e-5  # DeiT's learning rates at the start of its warm-up and at the end
 
 
@@ -387,7 +387,7 @@ def main(classifier: Callable[[Config, int], Classifier] = Classifier,
     engine.check_epochs(args, state, steps)
     operator = operator_path(model, device, args.amp == "bf16")
     engine.first_line(args, model, train, steps, device, operator)
-    if steps * args.epochs < FEW_STEPS and args.data not in EMBEDDED_SETS:
+    if steps * args.epochs < FEW_STEPS and args.data not in EMBEDDED_SETS and not args.init:
         engine.note(f"this run has fewer than {FEW_STEPS:,} steps, too few to learn from: give a "
                     f"smaller --batch-size and more --epochs")
     run.open(args)

@@ -10,7 +10,7 @@
 `finetune` and `pretrain` also take --seconds, the length of a measurement (default 15). They build the
 same things as the stage's main() and call its train_step. Weights do not change the speed, so
 --pretrained and --init are ignored. They write nothing. `--gpu` prints a page and writes it as JSON too.
-With --quick it also runs on a CPU, with small inputs, as a check of the command itself.
+With --quick it measures once, and also runs on a CPU, as a check of the command itself.
 """
 import argparse
 import functools

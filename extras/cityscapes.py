@@ -45,7 +45,7 @@ def annotation_file(root: str | Path, split: str) -> Path:
     if not path_of(root, split).is_file():
         convert(root, split)
     polygons = (root / "gtFine" / split).glob("*/*_gtFine_polygons.json")
-    if any(path.stat().st_ctime > path_of(root, split).stat().st_mtime for path in polygons):
+    if any(path.stat().st_mtime > path_of(root, split).stat().st_mtime for path in polygons):
         note(f"{path_of(root, split)} is older than some of its polygons: python -m extras.cityscapes "
              f"{root} makes it anew")
     return path_of(root, split)

@@ -37,9 +37,9 @@ COMMAND = "python -m extras.claims"
 TRAINING_CODE = ("model.py", "deform_attn.py", "deform_attn_kernel.cu", "data.py", "engine.py",
                  "pretrain.py", "finetune.py", "evaluate.py", "extras/shapes.py", "extras/augment.py",
                  "extras/corruptions.py")
-# Digests of older code that trains to the same weights, bit for bit. Its lines count, too. To check it, run
-# --quick --seeds 1 in both checkouts, and compare the last.pt of all arms.
-SAME_CODE = {"81ca7f6ac783"}
+# digest of this code -> digests of older code that trains to the same weights, bit for bit. Their lines
+# count, too. To check it, run --quick --seeds 1 in both checkouts, and compare the last.pt of all arms.
+SAME_CODE = {"TODAY": {"81ca7f6ac783"}}
 
 # -------------------------------------------------------------------------------------- the experiments
 
@@ -115,7 +115,7 @@ def digest_of_code() -> str:
 def read_lines(args: argparse.Namespace) -> dict[tuple[str, int], dict]:
     """(arm, seed) -> its line, of the finished runs of this code and these flags."""
     lines = read_log(args.lines) if args.lines.exists() else []
-    codes = {args.code, *SAME_CODE}
+    codes = {args.code, *SAME_CODE.get(args.code, ())}
     ours = [e for e in lines if e.get("code") in codes and e.get("flags") == args.flags.get(e["arm"])]
     if len(ours) < len(lines):
         tqdm.write(f"note: {len(lines) - len(ours)} lines of {args.lines} are of other code or flags")

@@ -20,7 +20,7 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
-from engine import InputError, load_checkpoint
+from engine import InputError, load_checkpoint, note
 from model import VARIANTS, Classifier, Config, Detector, TaskAdaptor, build_adaptor
 
 
@@ -83,14 +83,14 @@ def released_layout(model: nn.Module, gn_groups: int = 32) -> nn.Module:
 def build_model(kind: Callable[[Config, int], nn.Module], config: Config, num_classes: int,
                 layout: str) -> nn.Module:
     """Builds a model in the layout "paper" or "released". `made_by` keeps the name of the class or function
-    that made it: a fork's model may have the names and shapes of ours and still compute something else.
-    InputError if the released layout would replace parts of a fork."""
+    that made it: a fork's model may have the names and shapes of ours and still compute something else."""
     model = kind(config, num_classes)
-    model.made_by = getattr(kind, "func", kind).__name__  # a partial has its function in `func`
+    maker = getattr(kind, "func", kind)  # a partial has its function in `func`
+    model.made_by = getattr(maker, "__name__", type(maker).__name__)
     if layout == "released":
         if kind not in (Classifier, Detector):
-            raise InputError(f"--layout released replaces the tokenizer and the adaptor, perhaps those of "
-                             f"{model.made_by}: give --layout paper")
+            note(f"--layout released replaces the tokenizer and the adaptor, also those that "
+                 f"{model.made_by} may have")
         released_layout(model)
     return model
 

@@ -147,7 +147,7 @@ def test_the_first_line_says_what_is_trained_on_what(tmp_path, capsys):
     capsys.readouterr()
     call(tmp_path, "finetune.py", *OWN, "--queries", 1, "--overwrite", "--schedule", "one-cycle")
     printed = capsys.readouterr().out
-    assert f"note: {sum(n > 1 for n in counts)} of the training images have more objects" in printed
+    assert f"note: {sum(n > 1 for n in counts)} training images have more than --queries 1" in printed
     assert "fewer than 3,000 steps" not in printed
     call(tmp_path, "finetune.py", *OWN, "--overwrite", "--pretrained", "run/best.pt")
     # Other objects in as many images are another training set.
@@ -377,7 +377,7 @@ def test_pretraining_on_a_folder_with_the_semantic_softmax(tmp_path, capsys):
     call(tmp_path, "pretrain.py", *flags, *tree)
     said = capsys.readouterr().out
     assert "fewer than 3,000 steps" in said and "semantic_top1" in said
-    assert "1 files beside the class folders are left out, as readme.txt" in said
+    assert "1 files beside the class folders are left out, for example readme.txt" in said
     call(tmp_path, "pretrain.py", *flags, *tree, "--resume", "--epochs", "3")
     refused(tmp_path, "pretrain.py", *flags, *tree, "--resume", says="in epoch 3 of 3: give --epochs 3")
 

@@ -326,7 +326,7 @@ def test_entries_of_one_file_are_one_image(folder, capsys):
     dataset = coco_format(folder / "val", content, name="x")
     assert capsys.readouterr().out == ""
     read_annotations({**json.loads(TEXT), "annotations": 2 * content["annotations"][:1]})
-    assert "1 objects are listed twice" in capsys.readouterr().out
+    assert "1 of the objects are listed twice" in capsys.readouterr().out
     assert [r.id for r in dataset.records] == [7, 9]
     assert dataset.records[0].boxes.tolist() == [[1, 2, 31, 42], [2, 3, 6, 8]]
     content["images"][2]["width"] = 65
@@ -342,7 +342,7 @@ def test_the_layout_of_roboflow(folder):
     for split in ("train", "val"):
         assert len(detection_set(str(folder), split)[1][1]["labels"]) == 1
     (folder / "annotations" / "instances_val.json").write_text(TEXT)
-    with pytest.raises(InputError, match="has annotations/ and _annotations.coco.json, too"):
+    with pytest.raises(InputError, match="has both annotations/ and train/_annotations.coco.json"):
         detection_set(str(folder), "val")
     shutil.rmtree(folder / "annotations")
     shutil.rmtree(folder / "valid")

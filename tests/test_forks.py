@@ -1,6 +1,7 @@
 """The four forks that the README names. They edit no file of the project."""
 import runpy
 import sys
+from functools import partial
 from xml.etree import ElementTree
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import ROOT, call, refused
 from data import detection_set
 from evaluate import load_detector
+from extras.released import build_model
 from forks.adaptor import MaxDetector
 from forks.dataset import voc
 from forks.refinement import RefiningDetector
@@ -35,6 +37,14 @@ def test_a_forks_detector_trains_resumes_and_is_loaded(fork, name, kind, tmp_pat
     assert type(model) is kind
     fork(name, *SHORT, "--out", tmp_path, "--resume", "--epochs", 2)
     assert "epoch 2" in "".join(capfd.readouterr())
+
+
+def test_the_released_layout_of_a_fork_is_noted(capsys):
+    model = build_model(partial(convolutional, Classifier), VARIANTS["tiny"], 2, "released")
+    assert type(model.encoder.tokenizer).__name__ == "ReleasedTokenizer"
+    assert "note: --layout released replaces" in capsys.readouterr().out
+    assert build_model(MaxDetector, VARIANTS["tiny"], 2, "paper").made_by == "MaxDetector"
+    assert capsys.readouterr().out == ""
 
 
 def test_a_forks_tokenizer_passes_through_both_stages(fork, tmp_path, capfd):
@@ -67,9 +77,7 @@ def test_refinement_adds_up_over_the_layers():
 @pytest.mark.parametrize("name, flags, says", [
     ("dataset", ["--data", "nowhere"], "nowhere/ImageSets/Main/train.txt is missing"),
     ("tokenizer", [], "give pretrain or finetune first"),
-    ("tokenizer", ["--help"], "give pretrain or finetune first"),
-    ("tokenizer", ["finetune", *SHORT, "--layout", "released"], "perhaps those of convolutional"),
-    ("adaptor", [*SHORT, "--layout", "released"], "perhaps those of MaxDetector")])
+    ("tokenizer", ["--help"], "give pretrain or finetune first")])
 def test_bad_input_of_a_fork_is_one_line(fork, name, flags, says, capsys):
     with pytest.raises(SystemExit) as stop:
         fork(name, *flags)
