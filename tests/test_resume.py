@@ -240,8 +240,9 @@ def break_image(stage: str, split: str, broken: int) -> None:
     kind.__getitem__ = getitem
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("stage, workers", [("finetune", "2"), ("pretrain", "2"), ("pretrain", "0")])
+@pytest.mark.parametrize("stage, workers, split", [
+    ("finetune", "2", "train"), ("finetune", "2", "val"), ("pretrain", "2", "train"),
+    ("pretrain", "0", "val")])
 def test_a_broken_image_stops_the_run_after_a_checkpoint(stage, workers, split, tmp_path):
     """It is in the third batch, so two steps are saved. Or it is found by the evaluation at the end, so all
     three are. When it is replaced, --resume goes on."""
