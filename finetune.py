@@ -327,10 +327,10 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
     engine.check_epochs(args, state, steps)
     operator = operator_path(model, device, args.amp == "bf16")
     engine.first_line(args, model, train, steps, device, operator)
-    few = steps * args.epochs < FEW_STEPS and args.schedule == "step"
-    if few and args.data not in EMBEDDED_SETS:
-        engine.note(f"this run has fewer than {FEW_STEPS:,} steps, too few for the paper's recipe: "
-                    f"README.md has flags for small sets (smaller batches, a higher rate, no dropout)")
+    if steps * args.epochs < FEW_STEPS and args.data not in EMBEDDED_SETS:
+        advice = ("README.md has flags for small sets (smaller batches, a higher rate, no dropout)"
+                  if args.schedule == "step" else "more --epochs may help")
+        engine.note(f"this run has fewer than {FEW_STEPS:,} steps, too few for the paper's recipe: {advice}")
     run.open(args)
     if engine.rank() == 0 and not run.resumed:
         pictures.training_sheet(train, sampler.order()[:8].tolist(), run.folder / "training.png")

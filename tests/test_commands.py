@@ -148,7 +148,7 @@ def test_the_first_line_says_what_is_trained_on_what(tmp_path, capsys):
     call(tmp_path, "finetune.py", *OWN, "--queries", 1, "--overwrite", "--schedule", "one-cycle")
     printed = capsys.readouterr().out
     assert f"note: {sum(n > 1 for n in counts)} training images have more than --queries 1" in printed
-    assert "fewer than 3,000 steps" not in printed
+    assert "fewer than 3,000 steps" in printed and "more --epochs may help" in printed
     call(tmp_path, "finetune.py", *OWN, "--overwrite", "--pretrained", "run/best.pt")
     # Other objects in as many images are another training set.
     coco_folder(tmp_path / "other", train=lambda content: content["annotations"].pop())
