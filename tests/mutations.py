@@ -1,6 +1,6 @@
 """Plants plausible mistakes in copies of the project, one in each. Each must make a test fail.
 
-    python tests/mutations.py           all of them, in a quarter of an hour on 2 cores
+    python tests/mutations.py           all of them
     python tests/mutations.py 3 17      only these
 
 It prints the test that caught each mistake. test_mutations.py checks that each still fits the code.
