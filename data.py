@@ -277,9 +277,11 @@ class DetectionSet(Dataset):
 
     @property
     def digest(self) -> str:
-        """A short text that changes when annotations or the names of images change."""
-        names = getattr(self.records.sources, "text", None)
-        return digest(names, *vars(self.annotations).values())
+        """A short text that changes with the annotations, and with the names and sizes of the files."""
+        sources, files = self.records.sources, ()
+        if isinstance(sources, Files):
+            files = (sources.text, [os.path.getsize(path) for path in sources])
+        return digest(*files, *vars(self.annotations).values())
 
     def describe(self) -> str:
         """The number of images and objects, and of what was left out, for the first line of a run."""
@@ -658,7 +660,8 @@ class ClassificationSet(Dataset):
 
     @property
     def digest(self) -> str:
-        """A short text that changes when images are added, removed or moved to another class."""
+        """A short text that changes when images are added, removed or moved to another class. (Their
+        sizes are left out, because asking for those of a million files takes long.)"""
         return digest(getattr(self.sources, "text", None), self.labels, self.classes)
 
     def describe(self) -> str:

@@ -191,10 +191,6 @@ def evaluate_corruptions(model: torch.nn.Module, dataset: DetectionSet, evaluati
     Returns:
         {"of": evaluation, "clean": metrics, "corruptions": {name: {severity: metrics}}}
     """
-    small = np.flatnonzero(dataset.annotations.sizes.min(1) < 32)
-    if len(small):  # found before the first pass
-        raise InputError(f"image {dataset.name_of(small[0])} is too small for the corruptions, which "
-                         f"need 32 pixels a side: take it out of the annotations")
     path = args.out / "corruptions.json"
     if engine.rank() == 0:
         locked = engine.open_locked(path.with_suffix(".lock"), "a")  # noqa: F841 (until the end)
@@ -223,6 +219,17 @@ def evaluate_corruptions(model: torch.nn.Module, dataset: DetectionSet, evaluati
     return state
 
 
+def check_corruptible(dataset: DetectionSet, args: argparse.Namespace) -> None:
+    """Finds images that are too small, and missing photographs of frost, before the first pass."""
+    small = np.flatnonzero(dataset.annotations.sizes[:args.figure].min(1) < 32)
+    if len(small):
+        raise InputError(f"image {dataset.name_of(small[0])} is too small for the corruptions, which "
+                         f"need 32 pixels a side: take it out of the annotations")
+    if args.frost_dir:
+        corrupted_picture(Image.new("RGB", (32, 32)), 0, name="frost", severity=1,
+                          frost_dir=args.frost_dir)
+
+
 def corrupted_picture(image: Image.Image, image_id: int, **options) -> Image.Image:
     """One of the corruptions on one picture. Imported at first use, because scipy takes a while."""
     from extras.corruptions import corrupt_seeded
@@ -231,7 +238,7 @@ def corrupted_picture(image: Image.Image, image_id: int, **options) -> Image.Ima
 
 def start_corruptions(path: Path, evaluation: dict) -> dict:
     """The content of corruptions.json if it belongs to this evaluation, else a fresh one. Corrected
-    annotations start it anew. InputError if anything else differs."""
+    annotations and replaced images start it anew. InputError if anything else differs."""
     fresh = {"of": evaluation, "clean": None, "corruptions": {}}
     if not path.exists():
         return fresh
@@ -243,7 +250,7 @@ def start_corruptions(path: Path, evaluation: dict) -> dict:
         raise InputError(f"{path} holds another evaluation, with {changes}: remove it, or name another "
                          f"folder by --out")
     if differ:
-        engine.note(f"the annotations have changed: {path} is made anew")
+        engine.note(f"annotations or images have changed: {path} is made anew")
     return fresh if differ else state
 
 
@@ -545,9 +552,8 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
         match_classes(dataset, checkpoint["classes"], args.checkpoint)
         model.to(device)
     evaluation = describe_evaluation(args, checkpoint, dataset)
-    if args.frost_dir:  # finds missing photographs before the first pass
-        corrupted_picture(Image.new("RGB", (32, 32)), 0, name="frost", severity=1,
-                          frost_dir=args.frost_dir)
+    if args.corruptions or args.figure:
+        check_corruptible(dataset, args)
     make_folder(args.out)
     paper = paper_row(checkpoint, dataset, args.limit_val)
     if args.figure:

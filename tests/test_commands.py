@@ -273,7 +273,7 @@ def test_detection_from_python_as_the_readme_shows_it(trained, tmp_path, monkeyp
     assert len(capsys.readouterr().out.splitlines()) == 12 * 8
 
 
-def test_coco_c_is_made_anew_for_corrected_annotations_only(trained, tmp_path, capsys):
+def test_coco_c_is_made_anew_for_corrected_annotations_or_images_only(trained, tmp_path, capsys):
     last = trained / "runs" / "finetune-tiny-shapes" / "last.pt"
     data, out = coco_folder(tmp_path / "data"), tmp_path / "out" / "corruptions.json"
     flags = [last, "--data", data, "--corruptions", "fog", "--severities", 1, "--out", out.parent,
@@ -291,9 +291,14 @@ def test_coco_c_is_made_anew_for_corrected_annotations_only(trained, tmp_path, c
     assert "made anew" in capsys.readouterr().out and before["of"] != after["of"]
     call(tmp_path, "evaluate.py", *flags)
     assert json.loads(out.read_text()) == after
+    image = data / "val" / content["images"][0]["file_name"]
+    Image.new("RGB", Image.open(image).size, "grey").save(image)
+    call(tmp_path, "evaluate.py", *flags)
+    assert json.loads(out.read_text())["of"] != after["of"]
     content["images"][3].update(width=30)
     file.write_text(json.dumps(content))
-    refused(tmp_path, "evaluate.py", *flags, says="4.png is too small for the corruptions")
+    for more in ((), ("--figure", 4)):
+        refused(tmp_path, "evaluate.py", *flags, *more, says="4.png is too small for the corruptions")
 
 
 # ------------------------------------------------------------ adaptors and structures (Tables 3 and 7)
