@@ -277,11 +277,15 @@ class DetectionSet(Dataset):
 
     @property
     def digest(self) -> str:
-        """A short text that changes with the annotations, and with the names and sizes of the files."""
-        sources, files = self.records.sources, ()
-        if isinstance(sources, Files):
-            files = (sources.text, [os.path.getsize(path) for path in sources])
-        return digest(*files, *vars(self.annotations).values())
+        """A short text that changes when annotations or the names of images change."""
+        names = getattr(self.records.sources, "text", None)
+        return digest(names, *vars(self.annotations).values())
+
+    @property
+    def bytes(self) -> int:
+        """The size of all image files. It changes when an image is replaced under its name."""
+        sources = self.records.sources
+        return sum(map(os.path.getsize, sources)) if isinstance(sources, Files) else 0
 
     def describe(self) -> str:
         """The number of images and objects, and of what was left out, for the first line of a run."""
@@ -660,8 +664,7 @@ class ClassificationSet(Dataset):
 
     @property
     def digest(self) -> str:
-        """A short text that changes when images are added, removed or moved to another class. (Their
-        sizes are left out, because asking for those of a million files takes long.)"""
+        """A short text that changes when images are added, removed or moved to another class."""
         return digest(getattr(self.sources, "text", None), self.labels, self.classes)
 
     def describe(self) -> str:

@@ -245,7 +245,7 @@ def start_corruptions(path: Path, evaluation: dict) -> dict:
     state = tables.read_json(path, "evaluate.py --corruptions")
     before = state.get("of", {})
     differ = [k for k in {**before, **evaluation} if before.get(k) != evaluation.get(k)]
-    if set(differ) - {"annotations", "images"}:
+    if set(differ) - {"annotations", "images", "bytes"}:
         changes = ", ".join(f"{k} {before.get(k)} (now {evaluation.get(k)})" for k in differ)
         raise InputError(f"{path} holds another evaluation, with {changes}: remove it, or name another "
                          f"folder by --out")
@@ -499,8 +499,8 @@ def describe_evaluation(args: argparse.Namespace, checkpoint: dict, dataset: Det
             "checkpoint": Path(args.checkpoint).name if args.checkpoint else None,
             "step": checkpoint.get("step"), "changed": Path(file).stat().st_mtime if file else None,
             "data": dataset.name, "root": args.data_root, "split": args.split, "limit": args.limit_val,
-            "images": len(dataset), "annotations": dataset.digest, "image_size": args.image_size,
-            "amp": args.amp}
+            "images": len(dataset), "annotations": dataset.digest, "bytes": dataset.bytes,
+            "image_size": args.image_size, "amp": args.amp}
 
 
 def report(results: list[dict], dataset: DetectionSet, evaluation: dict, paper: str | None,
