@@ -5,7 +5,7 @@ become a `DetectionSet`. The transforms are Deformable DETR's, as in the release
 `shapes`, ImageNet, or any folder with a folder of images per class become a `ClassificationSet`. DeiT's
 augmentations are in extras/augment.py, the generated pictures in extras/shapes.py.
 
-Boxes are absolute (x0, y0, x1, y1) in pixels in this file. They leave it as (cx, cy, w, h) in [0, 1].
+Boxes are (x0, y0, x1, y1) in pixels in this file. Training targets have (cx, cy, w, h) in [0, 1].
 """
 import hashlib
 import json
@@ -149,8 +149,8 @@ def crop(image: Image.Image, boxes: np.ndarray, labels: np.ndarray, x: int, y: i
 
 @dataclass
 class Transform:
-    """The detection transform. `augment`: "paper" (flip, then a random size, or a random crop at a
-    random size), "flip" or "none".
+    """The detection transform. `augment`: "paper" (flips half of the images, crops half of them, and
+    resizes all to a random size), "flip" or "none".
 
     `image_size` is the short side at test time. All other sizes of the recipe
     (training sides 480..800, crops 384..600, long side 1333) scale with it, so one

@@ -43,7 +43,8 @@ def ms_deform_attn(value: Tensor, spatial_shapes: list[tuple[int, int]], referen
                    sampling_offsets: Tensor, attention_logits: Tensor) -> Tensor:
     """Samples `value` at P points per query, head and level, and returns their weighted sum.
 
-    With B images, S value tokens, Q queries, M heads of C channels, L levels and P points per level:
+    With B images, S value tokens, Q queries (all tokens that attend, in the encoder E + N), M heads of C
+    channels, L levels and P points per level:
 
         output = sum_lp softmax_lp(logits) * bilinear(value_l, reference + offset / (W_l, H_l))
 

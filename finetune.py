@@ -100,9 +100,9 @@ def detection_loss(outputs: dict, targets: list[dict],
     Args:
         outputs: of a Detector. targets: as in `match`, on the same device.
         num_matches: the divisor of all losses, a number or scalar tensor: the matched queries of one
-            layer in the *total* batch, over all micro-batches and processes. At least 1. Default: those
-            of `targets`. (Released code. Deformable DETR divides by the number of objects. This differs
-            only if an image has more objects than queries.)
+            layer in the *total* batch, over all micro-batches and processes. 0 counts as 1. Default:
+            those of `targets`. (Released code. Deformable DETR divides by the number of objects. This
+            differs only if an image has more objects than queries.)
     Returns:
         {"loss_class", "loss_bbox", "loss_giou"}: scalars, already weighted by 2, 5, 2. The first sums
         the focal loss of all queries and classes, with alpha for the true class of a matched query and
@@ -139,14 +139,14 @@ def detection_loss(outputs: dict, targets: list[dict],
 
 # ------------------------------------------------------------------------------------- the recipe (4.1)
 
-# Cityscapes (4.5, Table 5). The paper gives no learning rate for it. The released code has 2e-4 for
-# Lite.
+# Cityscapes (4.5, Table 5). Paper: 1e-4 for all downstream tasks (4.1). Released code and ours: 2e-4 for
+# Lite, set in `parse`.
 CITYSCAPES_RECIPE = dict(batch_size=8)
 # Ours, for the generated data: a small model, from scratch, in minutes.
 SHAPES_RECIPE = dict(epochs=7, batch_size=16, micro_batch=16, lr=1e-3, schedule="one-cycle",
                      image_size=64, augment="flip", dropout=0.0, backbone_lr=1.0, sampling_lr=1.0,
                      workers=0)
-FEW_STEPS = 3000  # with fewer, the paper's learning rate is too low
+FEW_STEPS = 3000  # with fewer, the paper's recipe learns little
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -167,7 +167,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="step: x0.1 at --lr-drop (4.1); one-cycle: linearly up from 1/25 in the "
                              "first tenth of the steps, then a cosine to 0 (ours)")
     parser.add_argument("--lr-drop", type=engine.positive, default=40,
-                        help="epoch after which lr is x0.1 (4.1: 40 of 50); for --schedule step")
+                        help="number of epochs after which lr is x0.1 (4.1: 40 of 50); for --schedule step")
     parser.add_argument("--backbone-lr", type=engine.rate, default=0.1,
                         help="factor on lr of the tokenizer's convolutions and norms (released code; "
                              "from scratch: 1)")
@@ -220,7 +220,7 @@ def build_optimizer(model: Detector, args: argparse.Namespace) -> torch.optim.Ad
 def schedule_factor(schedule: str, step: int, steps_per_epoch: int, epochs: int, lr_drop: int) -> float:
     """The factor on every learning rate at `step`, counted from 0 over the whole run.
 
-    "step": x0.1 from epoch `lr_drop` on (4.1). "one-cycle": linear from 1/25 to 1 in the first tenth of
+    "step": x0.1 after `lr_drop` epochs (4.1). "one-cycle": linear from 1/25 to 1 in the first tenth of
     the steps, then a cosine to 0.
     """
     if schedule == "step":

@@ -7,7 +7,7 @@ With 300 of them, the object queries, it is a set of boxes (`Detector`, fine-tun
 same code, and the encoder's state dict passes from one to the other with strict=True.
 
 We follow the paper. Where it is silent, we mostly follow the authors' released code. A comment stands
-wherever ours differs from either; docs/differences.md lists all differences. extras/released.py turns a
+wherever ours differs from either; docs/differences.md lists the differences. extras/released.py turns a
 model of this file into the released layout.
 
 Shapes: B images, N image tokens, E extra tokens (Q for queries, the paper's N_q), D channels, K
@@ -88,8 +88,8 @@ VARIANTS: dict[str, Config] = {
 
 class Tokenizer(nn.Module):
     """Four non-overlapping convolutions in a chain, each followed by a LayerNorm (Table 6). Strides are
-    8, 16, 32, 64. A linear layer per level projects to D (A.1). Released code: see
-    extras/released.py."""
+    8, 16, 32, 64. A linear layer per level projects to D (A.1). extras/released.py has the tokenizer of
+    the released code."""
     strides = (8, 16, 32, 64)
     multiple = 64  # a detector pads its images to a multiple of this, so that all patches are whole
 
@@ -152,7 +152,7 @@ class ImageTokens:
     """A batch of images as tokens (3.1). N is the number of tokens on all levels, finest level first."""
     content: Tensor                # (B, N, D)
     positions: Tensor              # (B, N, D), sine position + level embedding
-    references: Tensor             # (B, N, 4, 2), each token's centre as (x, y) on every level's map
+    references: Tensor             # (B, N, 4, 2), each token's centre, (x, y) in [0, 1] of each map
     shapes: list[tuple[int, int]]  # (h_l, w_l)
     padding: Tensor | None         # (B, N), True at padding; None if no image is padded
     valid_ratios: Tensor           # (B, 4, 2), valid part of each level's (width, height)
@@ -312,7 +312,7 @@ class EncoderLayer(nn.Module):
         # result, for a fifth less sampling. So only image tokens are sampled, and they cannot
         # depend on the extra tokens. Paper (Eq. 4): positions are added to the content once, at
         # the input. Released code, Deformable DETR and ours: added to the query side of every
-        # layer, so that no layer has to remember the prompt.
+        # layer, so that each layer can read the prompt.
         attended = self.attention(tokens + positions, references, memory, image.shapes, image.padding)
         tokens = self.norm1(tokens + self.drop_path(self.dropout(attended)))
         return self.norm2(tokens + self.drop_path(self.dropout(self.mlp(tokens))))
@@ -365,13 +365,13 @@ class Encoder(nn.Module):
             valid = [~F.interpolate(pixels, v.shape[1:])[:, 0].bool() for v in valid]
         dtype = self.level_embed.dtype
         shapes = [tuple(v.shape[1:]) for v in valid]
-        # Valid columns and rows per level, (B, 2) each. Where `forward` of the tokenizer completes a
-        # patch, it counts in part: 224 pixels are 3.5 tokens of level 4. The released code counts 4, and
-        # its tokenizer has no `strides`. A detector's images are padded to whole patches before. A patch
-        # that is partly padding counts as a whole one there, as in the released code.
-        h, w = images.shape[-2:]
-        counts = [torch.stack([v[:, 0].sum(1).clamp(max=w / stride),
-                               v[:, :, 0].sum(1).clamp(max=h / stride)], -1).to(dtype)
+        # Valid columns and rows per level, (B, 2) each. A patch that the tokenizer completes with zeros
+        # counts in part: 224 pixels are 3.5 tokens of level 4. The released code counts 4, and its
+        # tokenizer has no `strides`. A detector pads its images to whole patches before, and a patch
+        # with padding in it counts as a whole one, as in the released code.
+        height, width = images.shape[-2:]
+        counts = [torch.stack([v[:, 0].sum(1).clamp(max=width / stride),
+                               v[:, :, 0].sum(1).clamp(max=height / stride)], -1).to(dtype)
                   for v, stride in zip(valid, getattr(self.tokenizer, "strides", (1, 1, 1, 1)))]
         valid_ratios = torch.stack([torch.stack([n[:, 0] / w, n[:, 1] / h], -1)
                                     for n, (h, w) in zip(counts, shapes)], 1)  # (B, 4, 2)
@@ -471,9 +471,8 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 class Detector(nn.Module):
-    """Fine-tuning (3.3): object queries in place of the class token, a task adaptor,
-    a class and a box head. The heads are shared by all layers with queries, which
-    are all supervised (the last six, 4.1)."""
+    """Fine-tuning (3.3): object queries in place of the class token, a task adaptor, a class and a box
+    head. All layers with queries share the heads, and all of them are supervised: the last six (4.1)."""
 
     def __init__(self, config: Config, num_classes: int):
         super().__init__()

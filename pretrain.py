@@ -42,13 +42,14 @@ class Tree:
     """The classes' hierarchy. A class's level is the number of its
     ancestors that are classes themselves."""
     classes: list[str] | None  # their names, if the file has them
-    columns: list[Tensor]      # per level with two or more classes: their indices, (n_k,) int64
-    targets: Tensor            # (N, levels) int64: column of a class or its ancestor on a level, or -1
+    members: list[Tensor]      # (n_k,) int64: the classes of each level that has two or more
+    targets: Tensor            # (K, levels) int64: where a class, or its ancestor, stands in members[k],
+    #                            or -1 if neither is on the level
     weights: list[float]       # W_k of each level
 
     def to(self, device: torch.device) -> "Tree":
-        columns = [c.to(device) for c in self.columns]
-        return replace(self, columns=columns, targets=self.targets.to(device))
+        members = [classes.to(device) for classes in self.members]
+        return replace(self, members=members, targets=self.targets.to(device))
 
 
 def load_tree(path: str | Path) -> Tree:
@@ -71,36 +72,36 @@ def load_tree(path: str | Path) -> Tree:
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
         form = '{"class_tree_list": [[class, parent, ..., root], ...]}'
         raise InputError(f"tree {path} is not {form}: {type(e).__name__} {e}") from None
-    columns = [[c for c, level in enumerate(levels) if level == k] for k in range(max(levels) + 1)]
-    column_of = {c: i for classes in columns for i, c in enumerate(classes)}
-    kept = [k for k, classes in enumerate(columns) if len(classes) > 1]
+    members = [[c for c, level in enumerate(levels) if level == k] for k in range(max(levels) + 1)]
+    place_of = {c: i for classes in members for i, c in enumerate(classes)}
+    kept = [k for k, classes in enumerate(members) if len(classes) > 1]
     targets = torch.full((len(chains), len(kept)), -1)
     for i, chain in enumerate(chains):
         for c in chain:
             if levels[c] in kept:
-                targets[i, kept.index(levels[c])] = column_of[c]
+                targets[i, kept.index(levels[c])] = place_of[c]
     # W_k = N_0 / N_k, at most 20, where N_k classes are on level k or deeper. Few classes reach the deep
     # levels, so these count more. Computed in float32, as in the authors' code.
     counts = [sum(level >= k for level in levels) for k in kept]
     weights = (torch.tensor(len(levels), dtype=torch.float32) / torch.tensor(counts)).clamp(max=20)
-    return Tree(names, [torch.tensor(columns[k]) for k in kept], targets, weights.tolist())
+    return Tree(names, [torch.tensor(members[k]) for k in kept], targets, weights.tolist())
 
 
 def semantic_softmax_loss(logits: Tensor, target: Tensor, tree: Tree, smoothing: float = 0.2) -> Tensor:
-    """sum_k W_k CE_k over the levels of the tree. CE_k sums the cross-entropy among the
-    classes of level k, with label smoothing, over the images with a class on this
-    level, and divides by the number of *all* images.
+    """sum_k W_k CE_k over the levels that have two or more classes. CE_k sums the cross-entropy among
+    the classes of level k, with label smoothing, over the images with a class on this level, and divides
+    by the number of *all* images.
 
-    logits: (B, N). target: (B,) int64 -> scalar.
+    logits: (B, K). target: (B,) int64 -> scalar.
     """
     loss = 0
-    for k, (columns, weight) in enumerate(zip(tree.columns, tree.weights)):
-        column = tree.targets[target, k]  # (B,)
-        level_logits = logits[:, columns]  # (B, n_k)
+    for k, (members, weight) in enumerate(zip(tree.members, tree.weights)):
+        place = tree.targets[target, k]  # (B,)
+        level_logits = logits[:, members]  # (B, n_k)
         log_p = level_logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        picked = log_p.gather(1, column.clamp(min=0)[:, None])[:, 0]
+        picked = log_p.gather(1, place.clamp(min=0)[:, None])[:, 0]
         losses = -(1 - smoothing) * picked - smoothing * log_p.mean(-1)
-        loss = loss + weight * losses[column >= 0].sum() / len(target)
+        loss = loss + weight * losses[place >= 0].sum() / len(target)
     return loss
 
 
@@ -108,17 +109,17 @@ def semantic_accuracy(logits: Tensor, target: Tensor, tree: Tree) -> tuple[Tenso
     """(right, asked): the number of (image, level) pairs in which the level's best class is right, and
     the number of pairs with a target. Their quotient is the semantic top-1 accuracy."""
     right = asked = torch.zeros((), dtype=torch.int64, device=logits.device)
-    for k, columns in enumerate(tree.columns):
-        column = tree.targets[target, k]
-        right = right + (logits[:, columns].argmax(-1) == column).sum()  # -1 is never the best
-        asked = asked + (column >= 0).sum()
+    for k, members in enumerate(tree.members):
+        place = tree.targets[target, k]
+        right = right + (logits[:, members].argmax(-1) == place).sum()  # -1 is never the best
+        asked = asked + (place >= 0).sum()
     return right, asked
 
 
 # ------------------------------------------------------------------------------------- the recipe (4.1)
 
 # ImageNet-21k-P (A.3). Where the paper is silent, we follow the public script of Ridnik et al. 2021. We
-# differ in three things. The optimiser is AdamW, because A.3 says "true weight decay"; the script has
+# differ in three things. The optimiser is AdamW, because A.3 says "True-weight-decay"; the script has
 # Adam with the decay in the gradient. Colours are normalised, as for the ImageNet-1k weights that it
 # starts from. Validation images are centre crops; the script squeezes them.
 RECIPE_21K = dict(variant="base", epochs=80, batch_size=4096, lr=3e-4, weight_decay=1e-4, augment="21k",

@@ -23,7 +23,7 @@ def test_the_semantic_softmax_equals_the_authors_code(shared, name):
     folder = shared("data/imagenet21k_tree")
     truth = json.loads((folder / "reference_loss.json").read_text())[name]
     tree = load_tree(folder / f"imagenet21k_p_{name}_tree.json")
-    assert [len(c) for c in tree.columns] == truth["level_sizes"]
+    assert [len(c) for c in tree.members] == truth["level_sizes"]
     target, classes = torch.tensor(truth["targets"]), len(tree.targets)
     assert tree.targets[target].tolist() == truth["semantic_targets"]
     count = torch.arange(len(target) * classes, dtype=torch.float64)
@@ -42,7 +42,7 @@ def tree(tmp_path):
 
 
 def test_a_small_tree_by_hand(tree):
-    assert [c.tolist() for c in tree.columns] == [[0, 3, 5], [1, 4]]  # the third level has one class
+    assert [c.tolist() for c in tree.members] == [[0, 3, 5], [1, 4]]  # the third level has one class
     assert tree.targets.tolist() == [[0, -1], [0, 0], [0, 0], [1, -1], [1, 1], [2, -1]]
     assert tree.weights == [1, 2]
     logits = torch.tensor([[1.0, 2, 3, 4, 5, 6], [0, 1, 0, 0, 3, 0]], dtype=torch.float64)
