@@ -169,29 +169,20 @@ def convert_names(theirs: dict[str, Tensor], num_heads: int) -> dict[str, Tensor
     return ours
 
 
-def is_released(checkpoint: dict) -> bool:
-    """Whether a loaded file is a detection checkpoint of the authors, wrapped by mmdet or bare."""
+def norms_of_layer_7(checkpoint: dict) -> list[int]:
+    """The numbers of the norms of layer 7 in a checkpoint of the authors, wrapped by mmdet or bare. A
+    detector has [0, 1, 2], a pre-trained model [0, 1], or [1, 2] if their script postprocess_ckpt.py has
+    moved them and dropped the parts that detection starts afresh. Any other file has []."""
     state = checkpoint.get("state_dict", checkpoint)
-    return isinstance(state, dict) and QUERY_KEY in state and not is_released_pretraining(checkpoint)
-
-
-ENCODER2_NORM = "bbox_head.transformer.encoder2.layers.0.norms.{}.weight"
-
-
-def is_released_pretraining(checkpoint: dict) -> bool:
-    """Whether a loaded file is a pre-training checkpoint of the authors, as it was trained or as their
-    script postprocess_ckpt.py leaves it. That script moves the norms of layers 7-12 from {0, 1} to {1,
-    2} and drops the parts that detection starts afresh."""
-    state = checkpoint.get("state_dict", checkpoint)
-    norms = [isinstance(state, dict) and ENCODER2_NORM.format(i) in state for i in range(3)]
-    return norms in ([True, True, False], [False, True, True])
+    key = "bbox_head.transformer.encoder2.layers.0.norms.{}.weight"
+    return [i for i in range(3) if isinstance(state, dict) and key.format(i) in state]
 
 
 def load_released_encoder(checkpoint: dict) -> tuple[Config, dict[str, Tensor]]:
     """(config, {"encoder...": tensor} in our names) of one of the authors' pre-training checkpoints.
     Class token, its reference point and heads are left out. InputError if it is not whole."""
     state = dict(checkpoint.get("state_dict", checkpoint))
-    if ENCODER2_NORM.format(0) in state:  # as it was trained
+    if norms_of_layer_7(checkpoint) == [0, 1]:  # as it was trained
         state = {re.sub(r"(encoder2\.layers\.\d+\.norms\.)(\d)", lambda m: m[1] + str(int(m[2]) + 1), k): v
                  for k, v in state.items()}
     dropped = ("bbox_head.cls_branches", "bbox_head.reg_branches", "bbox_head.query_embedding",
@@ -221,13 +212,14 @@ def read_checkpoint(path: str | PathLike) -> dict:
     "classes", "config", "model"}. InputError if the file is no checkpoint or theirs is not whole."""
     content = load_checkpoint(path)
     try:
-        if is_released(content):
+        norms = norms_of_layer_7(content)
+        if norms == [0, 1, 2]:
             detector = load_released(content)
             num_classes = detector.class_head.out_features
             names = (content.get("meta") or {}).get("CLASSES") or [f"class {i}" for i in range(num_classes)]
             return {"stage": "finetune", "layout": "released", "classes": list(names),
                     "config": asdict(detector.encoder.config), "model": detector.state_dict()}
-        if is_released_pretraining(content):
+        if norms in ([0, 1], [1, 2]):
             config, weights = load_released_encoder(content)
             return {"stage": "pretrain", "layout": "released", "classes": [], "config": asdict(config),
                     "model": weights}
@@ -252,17 +244,16 @@ def load_released(path_or_state_dict: str | PathLike | dict, num_heads: int | No
     state = path_or_state_dict
     if not isinstance(state, dict):
         state = load_checkpoint(path_or_state_dict)
-    if not is_released(state):
-        raise InputError(f"not a released FP-DETR detection checkpoint: it has no {QUERY_KEY!r}")
+    if norms_of_layer_7(state) != [0, 1, 2]:
+        raise InputError("not a released FP-DETR detection checkpoint")
     state = state.get("state_dict", state)
     config = read_config(state, num_heads)
-    if "bbox_head.cls_branches.0.bias" not in state:
-        raise InputError("not a whole released FP-DETR checkpoint: it lacks 'bbox_head.cls_branches.0.bias'")
-    num_classes = state["bbox_head.cls_branches.0.bias"].shape[0]
-    detector = released_layout(Detector(config, num_classes), gn_groups)
-    detector = detector.to(torch.promote_types(state[QUERY_KEY].dtype, torch.float32))
     try:
+        num_classes = len(state["bbox_head.cls_branches.0.bias"])
+        detector = released_layout(Detector(config, num_classes), gn_groups)
+        detector = detector.to(torch.promote_types(state[QUERY_KEY].dtype, torch.float32))
         detector.load_state_dict(convert_names(state, config.heads))
-    except RuntimeError as e:
-        raise InputError("released checkpoint does not fit: " + " ".join(str(e).split())) from None
+    except (KeyError, RuntimeError) as e:
+        reason = f"{type(e).__name__} {' '.join(str(e).split())}"
+        raise InputError(f"not a whole released FP-DETR checkpoint: {reason}") from None
     return detector.eval()
