@@ -7,9 +7,8 @@ ones. The box of an object is tight around the pixels that stay visible.
 """
 import argparse
 import json
-import os
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -33,42 +32,32 @@ def path_of(root: str | Path, split: str) -> Path:
 
 
 def annotation_file(root: str | Path, split: str) -> Path:
-    """The path of a split's annotations in COCO format. The first call makes the file.
-
-    Raises:
-        InputError: as `convert`, or the images are missing.
-    """
-    root = Path(root)
+    """The path of a split's annotations in COCO format. The first call makes the file. InputError as of
+    `convert`, or if the images are missing."""
+    root, path = Path(root), path_of(root, split)
     if root.is_dir() and not (root / "leftImg8bit").is_dir():
         raise InputError(f"{root / 'leftImg8bit'} is missing: unpack leftImg8bit_trainvaltest.zip in "
                          f"{root}")
-    if not path_of(root, split).is_file():
+    if not path.is_file():
         convert(root, split)
     polygons = (root / "gtFine" / split).glob("*/*_gtFine_polygons.json")
-    if any(path.stat().st_mtime > path_of(root, split).stat().st_mtime for path in polygons):
-        note(f"{path_of(root, split)} is older than some of its polygons: python -m extras.cityscapes "
-             f"{root} makes it anew")
-    return path_of(root, split)
+    if any(file.stat().st_mtime > path.stat().st_mtime for file in polygons):
+        note(f"{path} is older than some of its polygons: python -m extras.cityscapes {root} makes it "
+             f"anew")
+    return path
 
 
 def convert(root: str | Path, split: str) -> dict:
-    """Writes root/annotations/instances_{split}.json and returns its content.
-
-    Raises:
-        InputError: as `cityscapes_to_coco`, or the file cannot be written.
-    """
-    content = cityscapes_to_coco(root, split)
-    path, temporary = path_of(root, split), None
+    """Writes root/annotations/instances_{split}.json and returns its content. InputError as of
+    `cityscapes_to_coco`, or if the file cannot be written."""
+    content, path = cityscapes_to_coco(root, split), path_of(root, split)
     try:
         path.parent.mkdir(exist_ok=True)
-        # A file of its own for each process: all those of a run on several GPUs may come here at once.
-        with NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as temporary:
-            temporary.write(json.dumps(content))
-        os.chmod(temporary.name, 0o644)  # a temporary file is readable by its owner only
-        os.replace(temporary.name, path)
+        # All processes of a run on several GPUs may come here. Each writes and renames its own file.
+        with TemporaryDirectory(dir=path.parent) as own:
+            Path(own, path.name).write_text(json.dumps(content), encoding="utf-8")
+            Path(own, path.name).replace(path)
     except OSError as e:
-        if temporary is not None:
-            Path(temporary.name).unlink(missing_ok=True)
         raise InputError(f"cannot write {path} ({e.strerror}): run `python -m extras.cityscapes ROOT` "
                          f"once where {root} can be written") from None
     return content
@@ -77,10 +66,8 @@ def convert(root: str | Path, split: str) -> dict:
 def cityscapes_to_coco(root: str | Path, split: str) -> dict:
     """The objects of Cityscapes in COCO format, from gtFine/SPLIT/CITY/*_gtFine_polygons.json.
 
-    All 3,475 images take some two minutes.
-
     Args:
-        root: the folder with gtFine/. split: "train" (2,975 images) or "val" (500).
+        root: the folder with gtFine/. split: "train" (2,975 images, two minutes) or "val" (500).
     Returns:
         {"images", "annotations", "categories"}. Images are numbered from 1 by file name, which is
         relative to `root`. Images without objects stay. An object without visible pixels has no
