@@ -1,7 +1,6 @@
 """The parts that the two training scripts share: flags, processes, batches, checkpoints, the run folder.
 
-A reader of the paper may skip this file. It imports nothing of the project. The training loops stand in
-pretrain.py and finetune.py and call these helpers.
+A reader of the paper may skip this file. It imports nothing of the project.
 """
 import argparse
 import errno
@@ -55,9 +54,8 @@ def run_script(main: Callable, **options) -> None:
     """Runs main(**options). Prints a user's mistake as one line, not as a traceback; exit code 2."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook names one that only works inside of it
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, as by `>&-`
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-    for stream in (sys.stdout, sys.stderr):
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # closed, as by `>&-`
+        setattr(sys, name, stream)
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # for terminals that know ASCII only
     code, text = 2, ""
@@ -117,10 +115,8 @@ class Help(argparse.HelpFormatter):
     """Shows the default of each flag, unless its help text does, and keeps the line breaks of texts."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        is_number = type(action.default) in (int, float)  # 0 is a default, too
-        shown = action.default not in (None, False, argparse.SUPPRESS) or is_number
-        said = "default" in action.help
-        return action.help + (" (default: %(default)s)" if shown and not said else "")
+        hidden = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        return action.help + ("" if hidden or "default" in action.help else " (default: %(default)s)")
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if "\n" in text else super()._fill_text(text, width, indent)
@@ -314,8 +310,7 @@ class BatchSampler:
         return math.ceil(self.length / self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.batches()[self.skip:]:
-            yield self.share(batch)
+        return map(self.share, self.batches()[self.skip:])
 
     def batches(self) -> tuple[Tensor, ...]:
         """The total batches of the epoch."""
@@ -400,10 +395,8 @@ def read_batches(loader: DataLoader, run: "Run") -> Iterator:
         try:
             with run.interruptible():
                 batch = next(batches, None)
-        except (Exception, Terminated) as e:
+        except (InputError, Terminated) as e:
             error = e
-        if error is not None and not isinstance(error, (InputError, Terminated)):
-            raise error
         if any_process(error is not None):
             kill_loading_processes()
             reasons = [text for text in gather([] if error is None else [str(error)]) if text]
