@@ -406,11 +406,13 @@ def read_batches(loader: DataLoader, run: "Run") -> Iterator:
         yield batch
 
 
-def not_finite(step: int, images: list[str]) -> InputError:
-    """The error of a step with NaN or infinity in its gradient."""
-    shown = ", ".join(images[:8]) + (f" and {len(images) - 8} more" if len(images) > 8 else "")
-    return InputError(f"the gradient of step {step} is not finite, at the images {shown}; no weight was "
-                      f"changed and the last checkpoint stays: try a lower --lr")
+def not_finite(train: Dataset, sampler: BatchSampler, step: int) -> InputError:
+    """The error of a step, counted from 0, with NaN or infinity in its gradient."""
+    batch = sampler.batches()[step % len(sampler)].tolist()
+    names = list(dict.fromkeys(map(train.name_of, batch)))  # with repeated augmentation, each once
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return InputError(f"the gradient of step {step + 1} is not finite, at the images {shown}; no weight "
+                      f"was changed and the last checkpoint stays: try a lower --lr")
 
 
 class RunningMean:
@@ -541,38 +543,27 @@ def check_resumed(saved: dict, now: dict, path: Path) -> None:
                          f"same flags and data, or another --out")
 
 
-def check_model_class(checkpoint: dict, name: str, path: str | Path) -> None:
-    """Raises InputError unless the checkpoint is of the class `name`. A fork's checkpoint can have our
-    names and shapes and still belong to another model."""
-    saved = checkpoint.get("model_class", name)
-    if saved != name:
-        raise InputError(f"{path} holds a {saved}, not a {name}: use the fork that made it, or "
-                         f"evaluate.main(detector={saved})")
-
-
 ENCODER_SIZES = ("dim", "mlp_dim", "heads", "tokenizer_dim", "layers", "entry_layer", "points",
                  "structure")
 
 
-def copy_weights(model: nn.Module, checkpoint: dict, stage: str, layout: str, classes: list[str],
-                 path: str | Path) -> str:
+def copy_weights(model: nn.Module, checkpoint: dict, description: dict, path: str | Path) -> str:
     """Copies a checkpoint's weights into a fresh model. Returns a line that names the parts it loaded.
 
     The encoder is loaded strictly. From a checkpoint of the same stage, the other parts are loaded too
     where their shapes are equal, and the class head if it is for the same classes in the same order.
-
-    Raises:
-        InputError: it is no checkpoint, or its encoder has another size or layout.
+    InputError if it is no checkpoint, or if its encoder has another size or layout. description: of
+    `describe_run`.
     """
     if not all(isinstance(checkpoint.get(k), dict) for k in ("model", "config")):
         raise InputError(f"{path} is neither a checkpoint of this project nor one of the authors'")
-    ours = {**asdict(model.encoder.config), "layout": layout}
-    theirs = {**checkpoint["config"], "layout": checkpoint.get("layout")}
+    ours, theirs = ({**c["config"], "layout": c.get("layout")} for c in (description, checkpoint))
     different = [f"{k} {theirs.get(k)} (here {ours[k]})" for k in (*ENCODER_SIZES, "layout")
                  if theirs.get(k) != ours[k]]
     if different:
         raise InputError(f"{path} holds another encoder: {', '.join(different)}: change --variant, "
                          f"--structure or --layout")
+    classes = description["classes"]
     unnamed = [f"class {i}" for i in range(len(classes))]  # in some authors' files
     same_classes = checkpoint.get("classes") in (classes, unnamed)
     loaded, fresh = [], []
@@ -582,7 +573,7 @@ def copy_weights(model: nn.Module, checkpoint: dict, stage: str, layout: str, cl
         shapes = {k: v.shape for k, v in part.state_dict().items()}
         fits = shapes == {k: v.shape for k, v in state.items()}
         fits = fits and (name != "class_head" or same_classes)
-        if name == "encoder" or checkpoint.get("stage") == stage and fits:
+        if name == "encoder" or checkpoint.get("stage") == description["stage"] and fits:
             try:
                 part.load_state_dict(state)
             except RuntimeError as e:

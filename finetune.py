@@ -310,8 +310,7 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
                                       training_set=train.digest, validation_set=val.digest)
     state = run.resume(model, description)
     if checkpoint:
-        message = engine.copy_weights(model, checkpoint, "finetune", args.layout, train.classes,
-                                      args.pretrained)
+        message = engine.copy_weights(model, checkpoint, description, args.pretrained)
         if engine.rank() == 0:
             print(message)
     model.to(device)
@@ -387,8 +386,7 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
             save(epoch)
             return run.say_how_to_go_on(step)
         except FloatingPointError:
-            images = [train.name_of(i) for i in sampler.batches()[step % steps]]
-            raise engine.not_finite(step + 1, images) from None
+            raise engine.not_finite(train, sampler, step) from None
     bar.close()
     run.finish(model, args, val, scores, step)
 

@@ -371,8 +371,7 @@ def main(classifier: Callable[[Config, int], Classifier] = Classifier,
     state = run.resume(model, description)
     if args.init and not run.resumed:
         checkpoint = released.read_checkpoint(args.init)
-        message = engine.copy_weights(model, checkpoint, "pretrain", args.layout, train.classes,
-                                      args.init)
+        message = engine.copy_weights(model, checkpoint, description, args.init)
         if engine.rank() == 0:
             print(message)
     model.to(device)
@@ -453,8 +452,7 @@ def main(classifier: Callable[[Config, int], Classifier] = Classifier,
             save(epoch)
             return run.say_how_to_go_on(step)
         except FloatingPointError:
-            shown = dict.fromkeys(train.name_of(i) for i in sampler.batches()[step % steps].tolist())
-            raise engine.not_finite(step + 1, list(shown)) from None
+            raise engine.not_finite(train, sampler, step) from None
     bar.close()
     run.finish(model, args, val, scores, step)
 

@@ -22,14 +22,17 @@ from model import VARIANTS, Classifier, Detector
 TINY = VARIANTS["tiny"]
 
 
-def save(path, model, stage="finetune", layout="paper", classes=("a", "b")):
-    description = engine.describe_run(model, Namespace(layout=layout), stage, list(classes), images=9)
-    engine.save_checkpoint(path, {**description, "model": model.state_dict()})
+def describe(model, stage="finetune", layout="paper", classes=("a", "b")):
+    return engine.describe_run(model, Namespace(layout=layout), stage, list(classes), images=9)
+
+
+def save(path, model, **of):
+    engine.save_checkpoint(path, {**describe(model, **of), "model": model.state_dict()})
     return path
 
 
-def start_from(model, path, stage="finetune", layout="paper", classes=("a", "b")):
-    return engine.copy_weights(model, read_checkpoint(path), stage, layout, list(classes), path)
+def start_from(model, path, **of):
+    return engine.copy_weights(model, read_checkpoint(path), describe(model, **of), path)
 
 
 # ------------------------------------------------------------------------------------------ checkpoints

@@ -1,9 +1,11 @@
 """The released layout against tensors of the authors' own code in float64; the authors' checkpoints."""
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
 
-from engine import InputError, copy_weights
+from engine import InputError, copy_weights, describe_run
 from extras.released import load_released, read_checkpoint, released_layout
 from model import VARIANTS, Detector
 
@@ -101,9 +103,11 @@ def test_released_pretraining_checkpoints_give_their_encoder(shared, tmp_path, p
     torch.save({"state_dict": state, "meta": {}}, tmp_path / "p.pth")
     checkpoint = read_checkpoint(tmp_path / "p.pth")
     detector = released_layout(Detector(VARIANTS["lite"], 80))
-    message = copy_weights(detector, checkpoint, "finetune", "released", list("abc"), "p.pth")
+    args = Namespace(layout="released")
+    description = describe_run(detector, args, "finetune", list("abc"), images=1)
+    message = copy_weights(detector, checkpoint, description, "p.pth")
     assert message.endswith("p.pth: encoder; starting fresh: queries, adaptor, class_head, box_head")
     assert torch.equal(detector.encoder.layers[11].norm2.weight, theirs)
     assert torch.equal(detector.encoder.level_embed, state["bbox_head.transformer.level_embeds"])
     with pytest.raises(InputError, match="change --variant, --structure or --layout"):
-        copy_weights(Detector(VARIANTS["lite"], 80), checkpoint, "finetune", "paper", [], "p.pth")
+        copy_weights(detector, checkpoint, {**description, "layout": "paper"}, "p.pth")
