@@ -608,15 +608,10 @@ class Run:
             raise InputError(f"{self.last} is missing from a run that has results: move it back, or "
                              f"name another --out")
         elif self.arguments.exists() and not (args.resume or args.overwrite):
-            raise self.holds_a_run()
+            raise InputError(f"{self.folder} already holds a run: --resume goes on with it, --overwrite "
+                             f"replaces it, --out names another folder")
         self.started = self.saved_at = time.time()
         self.stopped_by, self.waiting = None, False
-
-    def holds_a_run(self) -> InputError:
-        if not self.folder.is_dir():
-            return InputError(f"{self.folder} is a file: name another --out")
-        return InputError(f"{self.folder} already holds a run: --resume goes on with it, --overwrite "
-                          f"replaces it, --out names another folder")
 
     def on_signal(self, number: int, _) -> None:
         """Clusters send SIGTERM before they take a machine back, and Ctrl-C sends SIGINT. A step is
@@ -671,10 +666,9 @@ class Run:
             self.locked.truncate()
             json.dump(plain(args), self.locked, indent=1)
             self.locked.flush()
-        except FileExistsError:
-            raise self.holds_a_run() from None
-        except OSError as e:
-            raise InputError(f"cannot write into {self.folder}: {e.strerror or e}") from None
+        except OSError as e:  # "File exists": it is a file, or another run has just begun in it
+            raise InputError(f"cannot write into {self.folder} ({e.strerror or e}): name another "
+                             f"--out") from None
         if args.resume and self.found != (self.last.stat().st_mtime if self.last.exists() else None):
             raise InputError(f"another process has just written {self.last}: run the same command again")
         if args.resume:
