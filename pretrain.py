@@ -47,10 +47,6 @@ class Tree:
     #                            or -1 if neither is on the level
     weights: list[float]       # W_k of each level
 
-    def to(self, device: torch.device) -> "Tree":
-        members = [classes.to(device) for classes in self.members]
-        return replace(self, members=members, targets=self.targets.to(device))
-
 
 def load_tree(path: str | Path) -> Tree:
     """Reads {"class_tree_list": [[class, its nearest ancestor that is a class, ...,
@@ -322,8 +318,8 @@ def collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     return default_collate(samples)
 
 
-def read_tree(args: argparse.Namespace, train: ClassificationSet) -> Tree | None:
-    """The tree of --tree. InputError if its classes are not those of the training set."""
+def read_tree(args: argparse.Namespace, train: ClassificationSet, device: torch.device) -> Tree | None:
+    """The tree of --tree, on `device`. InputError if its classes are not those of the training set."""
     if args.tree is None:
         return None
     tree = load_tree(args.tree)
@@ -332,7 +328,8 @@ def read_tree(args: argparse.Namespace, train: ClassificationSet) -> Tree | None
         raise InputError(f"tree {args.tree} has {len(tree.targets)} classes, {train.name} has "
                          f"{len(train.classes)} ({differ} differ): build the tree from the list of just "
                          f"these classes")
-    return tree
+    return replace(tree, members=[classes.to(device) for classes in tree.members],
+                   targets=tree.targets.to(device))
 
 
 @torch.no_grad()
@@ -359,9 +356,7 @@ def main(classifier: Callable[[Config, int], Classifier] = Classifier,
     train = read_data(split="train", limit=args.limit_train, augment=args.augment, **options)
     val = read_data(split="val", limit=args.limit_val, augment="none", **options)
     engine.check_classes(train, val)
-    tree = read_tree(args, train)
-    if tree is not None:
-        tree = tree.to(device)
+    tree = read_tree(args, train, device)
     config = replace(VARIANTS[args.variant], drop_path=args.drop_path, structure=args.structure,
                      class_tokens=args.class_tokens, adaptor="none")  # adaptors belong to detection
     model = released.build_model(classifier, config, len(train.classes), args.layout)

@@ -439,9 +439,7 @@ def build_pretraining(args: argparse.Namespace, device: torch.device) -> tuple[D
     """Returns the loader of pretrain.py, and a function that trains on one of its batches."""
     train = classification_set(args.data, "train", args.data_root, args.limit_train, args.image_size,
                                args.augment, args.seed)
-    tree = pretrain.read_tree(args, train)
-    if tree is not None:
-        tree = tree.to(device)
+    tree = pretrain.read_tree(args, train, device)
     model = build_model(Classifier, len(train.classes), args, drop_path=args.drop_path,
                         class_tokens=args.class_tokens, adaptor="none").to(device)
     optimizer = pretrain.build_optimizer(model, args)
@@ -458,10 +456,7 @@ def build_pretraining(args: argparse.Namespace, device: torch.device) -> tuple[D
 def build_model(model_class: type[Classifier] | type[Detector], num_classes: int,
                 args: argparse.Namespace, **changes) -> Classifier | Detector:
     """Builds the model of a stage. changes: to the Config of the variant."""
-    try:
-        config = replace(VARIANTS[args.variant], structure=args.structure, **changes)
-    except ValueError as e:
-        raise InputError(str(e)) from None
+    config = replace(VARIANTS[args.variant], structure=args.structure, **changes)
     model = released.build_model(model_class, config, num_classes, args.layout).train()
     model.encoder.checkpointing = args.activation_checkpointing
     return model
