@@ -270,10 +270,20 @@ class DetectionSet(Dataset):
     @property
     def ground_truth(self) -> dict:
         """The COCO-format dict that the metric reads, with crowd regions."""
-        truth, sources = self.annotations.in_coco_format(), self.records.sources
-        for i, image in enumerate(truth["images"]):
-            image["file_name"] = sources.name(i) if isinstance(sources, Files) else f"{image['id']}.png"
-        return truth
+        a, sources = self.annotations, self.records.sources
+        image_of = np.repeat(a.image_ids, np.diff(a.first)).tolist()
+        category_of = [c["id"] for c in a.categories]
+        xywh = np.concatenate([a.boxes[:, :2], a.boxes[:, 2:] - a.boxes[:, :2]], 1)
+        rows = zip(image_of, *(x.tolist() for x in (xywh, a.labels, a.crowd, a.areas)))
+        # Ids count from 1, because pycocotools reads the id 0 as "no match".
+        annotations = [{"id": i, "image_id": image, "category_id": category_of[label], "bbox": box,
+                        "iscrowd": int(crowd), "area": area}
+                       for i, (image, box, label, crowd, area) in enumerate(rows, 1)]
+        names = (sources.name(i) if isinstance(sources, Files) else f"{id}.png"
+                 for i, id in enumerate(a.image_ids))
+        images = [{"id": id, "file_name": name, "width": w, "height": h}
+                  for id, name, (w, h) in zip(a.image_ids.tolist(), names, a.sizes.tolist())]
+        return {"images": images, "annotations": annotations, "categories": a.categories}
 
     @property
     def digest(self) -> str:
@@ -369,20 +379,6 @@ class Annotations:
         """The number of objects in each image without crowd regions, (n,)."""
         image_of = np.repeat(np.arange(len(self.image_ids)), np.diff(self.first))
         return np.bincount(image_of[~self.crowd], minlength=len(self.image_ids))
-
-    def in_coco_format(self) -> dict:
-        """{"images", "annotations", "categories"}"""
-        image_of = np.repeat(self.image_ids, np.diff(self.first)).tolist()
-        category_of = [c["id"] for c in self.categories]
-        xywh = np.concatenate([self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]], 1)
-        rows = zip(image_of, *(x.tolist() for x in (xywh, self.labels, self.crowd, self.areas)))
-        # Ids count from 1, because pycocotools reads the id 0 as "no match".
-        annotations = [{"id": i, "image_id": image, "category_id": category_of[label], "bbox": box,
-                        "iscrowd": int(crowd), "area": area}
-                       for i, (image, box, label, crowd, area) in enumerate(rows, 1)]
-        images = [{"id": i, "width": w, "height": h}
-                  for i, (w, h) in zip(self.image_ids.tolist(), self.sizes.tolist())]
-        return {"images": images, "annotations": annotations, "categories": self.categories}
 
 
 def read_annotations(source: Path | dict, limit: int | None = None) -> tuple[Annotations, list[str]]:
@@ -581,13 +577,12 @@ def check_files(folder: Path, names: list[str], where: Path | str) -> None:
             raise InputError(f"image {path} is missing; {where} lists it")
 
 
+COCO_FOLDER = ("train/, val/ and annotations/instances_{train,val}.json, or train/ and valid/ with an "
+               "_annotations.coco.json in each")
 DETECTION_DATA = ("shapes or shapes-hard (generated, no download), coco, cityscapes, or any folder in "
-                  "COCO format with train/, val/ and annotations/instances_{train,val}.json, or with "
-                  "train/_annotations.coco.json and valid/_annotations.coco.json beside the images")
+                  f"COCO format with {COCO_FOLDER}")
 COCO_HELP = ("download train2017.zip, val2017.zip and annotations_trainval2017.zip (COCO 2017, "
              "cocodataset.org), unpack them there, or name another folder with --data-root")
-FOLDER_HELP = ("needed are train/, val/ and annotations/instances_{train,val}.json in it, or train/ and "
-               "valid/ with an _annotations.coco.json in each")
 
 
 def detection_set(data: str, split: str, root: str | None = None, limit: int | None = None,
@@ -618,7 +613,8 @@ def detection_set(data: str, split: str, root: str | None = None, limit: int | N
         annotations = images / "_annotations.coco.json"
     for path in (folder, images, annotations):
         if not path.exists():
-            raise InputError(f"{path} is missing: {COCO_HELP if data == 'coco' else FOLDER_HELP}")
+            needed = COCO_HELP if data == "coco" else f"needed are {COCO_FOLDER}"
+            raise InputError(f"{path} is missing: {needed}")
     return coco_format(images, annotations, limit, **options)
 
 
