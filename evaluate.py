@@ -126,9 +126,9 @@ def best_boxes(outputs: dict, sizes: list[tuple[int, int]], top: int = 100) -> l
 
 @torch.no_grad()
 def detect(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Namespace, device: torch.device,
-           batch_size: int = 1, bar: tqdm | None = None) -> list[dict]:
+           batch_size: int = 1) -> list[dict]:
     """Detections on a whole set as COCO result dicts. The processes share the work, and each gets the
-    whole list. `bar`: a progress bar over images to use instead of a new one."""
+    whole list."""
     was_training = model.training
     model.eval()
     # GroupNorm in the released layout sees the padding of a batch, so
@@ -137,8 +137,8 @@ def detect(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Namespa
         batch_size = 1
     mine = Subset(dataset, range(engine.rank(), len(dataset), engine.world_size()))  # no image twice
     loader = engine.make_loader(mine, pad_batch, args, device, batch_size=batch_size)
-    own = tqdm(total=len(dataset), desc=f"detecting on {dataset.name}", leave=False, unit="img",
-               disable=engine.rank() > 0 or bar is not None)
+    bar = tqdm(total=len(dataset), desc=f"detecting on {dataset.name}", leave=False, unit="img",
+               disable=engine.rank() > 0)
     results = []
     for images, mask, targets in loader:
         with engine.autocast(args, device):
@@ -146,8 +146,8 @@ def detect(model: torch.nn.Module, dataset: DetectionSet, args: argparse.Namespa
         found = best_boxes(outputs, [t["size"] for t in targets])
         for target, f in zip(targets, found):
             results += result_dicts(f, target["image_id"], dataset.category_ids)
-        (own if bar is None else bar).update(len(targets) * engine.world_size())
-    own.close()
+        bar.update(len(targets) * engine.world_size())
+    bar.close()
     model.train(was_training)
     return engine.gather(results)
 
@@ -199,15 +199,15 @@ def evaluate_corruptions(model: torch.nn.Module, dataset: DetectionSet, evaluati
     passes = [("clean", 0)] + [(n, s) for n in args.corruptions for s in args.severities]
     todo = [(n, s) for n, s in passes
             if not (state["clean"] if n == "clean" else str(s) in state["corruptions"].get(n, {}))]
-    bar = tqdm(total=len(passes) * len(dataset), initial=(len(passes) - len(todo)) * len(dataset),
-               unit="img", desc="clean and corrupted", disable=engine.rank() > 0, smoothing=0.05)
-    for name, severity in todo:
+    bar = tqdm(todo, "clean and corrupted", len(passes), initial=len(passes) - len(todo), unit="pass",
+               disable=engine.rank() > 0)
+    for name, severity in bar:
         bar.set_postfix_str(f"{name} {severity or ''}")
         corrupted = copy.copy(dataset)
         if severity:
             corrupted.corruption = partial(corrupted_picture, name=name, severity=severity,
                                            seed=args.seed, frost_dir=args.frost_dir)
-        results = detect(model, corrupted, args, device, args.batch_size, bar)
+        results = detect(model, corrupted, args, device, args.batch_size)
         if engine.rank() == 0:
             metrics = coco_metrics(dataset.ground_truth, results)
             if severity:
@@ -215,7 +215,6 @@ def evaluate_corruptions(model: torch.nn.Module, dataset: DetectionSet, evaluati
             else:
                 state["clean"] = metrics
             engine.write_json(path, state)
-    bar.close()
     return state
 
 
@@ -259,15 +258,11 @@ def report_corruptions(state: dict, paper: str | None, args: argparse.Namespace)
     row, clean = tables.corruption_row(state), 100 * state["clean"]["AP"]
     paper_row = tables.PAPER[4][paper] if paper else None
     pictures.corruption_chart(CORRUPTIONS, row, clean, paper_row, args.out / "corruptions.png")
-    rows = [("this model", row)] + ([(f"paper, {paper}", paper_row)] if paper else [])
-    passes, all_passes = sum(map(len, state["corruptions"].values())), 5 * len(CORRUPTIONS)
-    remarks = "" if passes == all_passes else (
-        f", of {passes} of the {all_passes} corruptions and severities only")
-    if "frost" in state["corruptions"] and not args.frost_dir:
-        remarks += "; frost drawn, so not exactly comparable"
+    rows = [("this model" + tables.notes(4, {**state["of"], **state}), row)]
+    rows += [(f"paper, {paper}", paper_row)] if paper else []
     return (f"{tables.markdown('Table 4', tables.HEADERS[4], rows)}\n"
             f"clean AP {tables.cell(clean)}, mean under corruption (mPC) {tables.cell(row[0])}, "
-            f"relative (rPC) {tables.cell(100 * row[0] / clean if clean > 0 else tables.NONE)} %{remarks}")
+            f"relative (rPC) {tables.cell(100 * row[0] / clean if clean > 0 else tables.NONE)} %")
 
 
 # --------------------------------------------------------------------------------------------- pictures
