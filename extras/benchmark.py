@@ -15,6 +15,7 @@ With --quick it measures once, and also runs on a CPU, as a check of the command
 import argparse
 import functools
 import importlib
+import itertools
 import json
 import math
 import re
@@ -95,8 +96,9 @@ def measure_operator(result: dict, device: torch.device, quick: bool, deadline: 
         row = {"variant": variant, "height": height, "width": width, "batch": batch,
                "dtype": str(dtype)[6:], "seconds": {}}
         for name, function in ways.items():
+            timer = partial(median_seconds, device=device, repeats=repeats, cold=name == "cold")
             try:
-                row["seconds"][name], moved = time_operator(function, *case, repeats, name == "cold")
+                row["seconds"][name], moved = time_operator(function, *case, timer)
                 row["bounds"] = [max(n / bandwidth, t) for n, t in zip(moved, gpu_limits(*case))]
             except RuntimeError as e:  # too little memory, or a dtype that it does not know
                 row["seconds"][name] = None
@@ -153,38 +155,19 @@ def copy_bandwidth(device: torch.device, repeats: int) -> float:
 
 def call_microseconds(device: torch.device) -> tuple[float, float]:
     """Returns how long Python takes for a forward pass, and for both passes, on tiny inputs."""
-    shapes = [(2, 2), (1, 1), (1, 1), (1, 1)]
-    sizes = (1, 7, 1, 8), (1, 1, 4, 2), (1, 1, 1, 4, 4, 2), (1, 1, 1, 4, 4)
-    value, references, offsets, logits = (torch.rand(size, device=device) for size in sizes)
-    leaves = [x.requires_grad_() for x in (value, offsets, logits)]
-    grad_output = torch.ones(1, 1, 8, device=device)
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return deform_attn.ms_deform_attn(value, shapes, references, offsets, logits)
-
-    def forward_and_backward() -> tuple[Tensor, ...]:
-        output = deform_attn.ms_deform_attn(value, shapes, references, offsets, logits)
-        return torch.autograd.grad(output, leaves, grad_output)
-    results, threads = [], torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a second thread would only have to be waited for
-    for run in (forward, forward_and_backward):
-        times = []
-        for _ in range(500):
-            start = time.perf_counter()
-            run()  # on a GPU this returns when the kernel is launched
-            times.append(time.perf_counter() - start)
-        results.append(1e6 * statistics.median(times))
+    # As on a CPU: on a GPU, a call returns when its kernel is launched.
+    timer = partial(median_seconds, device=torch.device("cpu"), repeats=500)
+    size = 16, 16, 1, 8, 1, 0, torch.float32, device
+    (forward, backward), _ = time_operator(deform_attn.ms_deform_attn, *size, timer)
     torch.set_num_threads(threads)
-    return results[0], results[1]
+    return 1e6 * forward, 1e6 * (forward + backward)
 
 
 def time_operator(function: Callable, height: int, width: int, M: int, C: int, B: int, extra: int,
-                  dtype: torch.dtype, device: torch.device, repeats: int,
-                  cold: bool = False) -> tuple[list, list]:
-    """Times an encoder layer's attention. All image tokens and `extra` tokens are queries.
-
-    cold: empty the caches before each run.
+                  dtype: torch.dtype, device: torch.device, timer: Callable) -> tuple[list, list]:
+    """Times an encoder layer's attention by timer(run). All image tokens and `extra` tokens are queries.
 
     Returns:
         seconds of the forward and of the backward pass; the bytes that each must read or write.
@@ -208,8 +191,8 @@ def time_operator(function: Callable, height: int, width: int, M: int, C: int, B
     def forward_and_backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(forward(), (value, offsets, logits), grad_output)
     with torch.no_grad():
-        first = median_seconds(forward, device, repeats, cold)
-    both = median_seconds(forward_and_backward, device, repeats, cold)
+        first = timer(forward)
+    both = timer(forward_and_backward)
     inputs = value.nbytes + offsets.nbytes + logits.nbytes
     once = inputs + references.nbytes + grad_output.nbytes  # the output is as large as its gradient
     return [first, both - first], [once, once + inputs]
@@ -390,14 +373,15 @@ def measure_training(stage: str, arguments: list[str], seconds: float) -> None:
     args.lr = 0.0  # takes as long as any other rate, and no step can diverge
     build = build_finetuning if stage == "finetune" else build_pretraining
     loader, train_on = build(args, device)
-    loading, training = measure_speeds(loader, train_on, seconds)
-    peak = peak_gib(device)
     images = loader.batch_sampler.images_after(args.epochs * len(loader))
+    per_batch = images / args.epochs / len(loader)  # the last one of an epoch may be smaller
+    loading, training = (per_batch * speed for speed in measure_speeds(loader, train_on, seconds))
+    peak = peak_gib(device)
     hours = images / training / 3600
     print(f"{stage} {args.variant} on {args.data}: {args.image_size} pixels, batch {args.batch_size} in "
           f"micro-batches of {args.micro_batch}, {args.workers} loading processes, --amp {args.amp}\n"
           f"{device_name(device)}\n"
-          f"training          {training:10.2f} images/s, {args.batch_size / training:.3f} s per batch\n"
+          f"training          {training:10.2f} images/s, {per_batch / training:.3f} s per batch\n"
           f"the loader alone  {loading:10.2f} images/s\n"
           f"peak memory       {'   unknown' if peak is None else f'{peak:10.2f} GiB'}\n"
           f"the whole run     {hours:10.2f} hours: {args.epochs} epochs, {images:,} images")
@@ -463,41 +447,29 @@ def build_model(model_class: type[Classifier] | type[Detector], num_classes: int
 
 
 def measure_speeds(loader: DataLoader, train_on: Callable, seconds: float) -> tuple[float, float]:
-    """Returns the images per second of the loader alone and of training on its batches."""
-    def repeat_epochs() -> Iterator:
-        while True:
-            yield from loader
-
-    def load_only(batch: list) -> None:
-        pass
-
-    batches = repeat_epochs()
-    images_per_second(batches, train_on, 0)  # compiles, and allocates memory
+    """Returns the batches per second of the loader alone and of training on its batches."""
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))  # epoch after epoch
+    batches_per_second(batches, train_on, 0)  # compiles, and allocates memory
     # The loading processes work ahead. Their batches have queued up during these slow steps. If the
     # clock started now, it would count these batches, but not the time of loading them. That gives too
-    # many images per second where loading is slower than training. So they are thrown away first. So is
+    # many batches per second where loading is slower than training. So they are thrown away first. So is
     # one more: the processes may work in step, and the clock has to start and stop at the same place.
     for _ in range((loader.prefetch_factor or 0) * loader.num_workers + 1):
         next(batches)
-    loading = images_per_second(batches, load_only, seconds)
+    loading = batches_per_second(batches, lambda batch: None, seconds)
     # The queue is empty now. If loading is slower than training, it stays empty. If not, it fills again
     # during some steps that do not count. Either way, the clock then starts as in the middle of a run.
-    images_per_second(batches, train_on, seconds / 3)
-    return loading, images_per_second(batches, train_on, seconds)
+    batches_per_second(batches, train_on, seconds / 3)
+    return loading, batches_per_second(batches, train_on, seconds)
 
 
-def images_per_second(batches: Iterator, use: Callable, seconds: float) -> float:
+def batches_per_second(batches: Iterator, use: Callable, seconds: float) -> float:
     """Calls use(batch) for so many seconds, at least twice. (A train_step waits for the GPU itself.)"""
-    start, images, steps = time.perf_counter(), 0, 0
+    start, steps = time.perf_counter(), 0
     while steps < 2 or time.perf_counter() - start < seconds:
-        batch = next(batches)
-        use(batch)
+        use(next(batches))
         steps += 1
-        if torch.is_tensor(batch[0]):  # pretrain.py's [images, labels]
-            images += len(batch[0])
-        else:  # finetune.py's [(images, mask, targets), ...]
-            images += sum(len(part) for part, _, _ in batch)
-    return images / (time.perf_counter() - start)
+    return steps / (time.perf_counter() - start)
 
 
 # ------------------------------------------------------------------------------------------------ hours
