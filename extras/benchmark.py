@@ -599,11 +599,9 @@ def run_gpu_tests(result: dict, device: torch.device, quick: bool, deadline: flo
 def measure_training_step(result: dict, device: torch.device, quick: bool, deadline: float) -> None:
     """Times Lite's training step by parts. Data are random, so loading is not part of it."""
     height, width, repeats = (64, 96, 1) if quick else (800, 1333, 10)
-    arguments = ["--data", "coco", "--variant", "lite", "--device", device.type]
-    args = finetune.parse(arguments)
+    args = finetune.parse(["--data", "coco", "--variant", "lite", "--device", device.type])
     engine.setup(args)
-    torch.manual_seed(0)
-    model = Detector(replace(VARIANTS["lite"], dropout=args.dropout), 80).to(device).train()
+    model = build_model(Detector, 80, args, dropout=args.dropout).to(device)
     args.lr = 0.0
     optimizer = finetune.build_optimizer(model, args)
     result.update(amp=args.amp, height=height, width=width, batches=[])
@@ -648,25 +646,21 @@ def time_training_step(model: Detector, optimizer: torch.optim.Optimizer, batch:
         step()
     seconds = (wait() - start) / repeats
 
-    (images, mask, targets), parts = batch[0], {}
-    start = wait()
-
-    def end_of(part: str) -> None:
-        nonlocal start
-        now = wait()
-        parts[part] = now - start
-        start = now
+    images, mask, targets = batch[0]
+    times = [wait()]
     optimizer.zero_grad(set_to_none=True)
     with engine.autocast(args, device):
         outputs = model(images, mask)
-    end_of("forward")
+    times.append(wait())
     loss = sum(finetune.detection_loss(outputs, targets).values())
-    end_of("matching and loss")
+    times.append(wait())
     loss.backward()
-    end_of("backward")
+    times.append(wait())
     torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
     optimizer.step()
-    end_of("clipping and AdamW")
+    times.append(wait())
+    names = "forward", "matching and loss", "backward", "clipping and AdamW"
+    parts = {name: end - start for name, start, end in zip(names, times, times[1:])}
     return {"images_per_second": len(images) / seconds, "seconds": seconds, "parts": parts,
             "peak_gib": peak_gib(device), "syncs": count_host_syncs(step, device)}
 
