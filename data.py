@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from engine import InputError, note
+from engine import InputError, note, one_line
 from extras import augment, cityscapes, shapes
 from extras.cityscapes import cityscapes_to_coco  # noqa: F401 (public here)
 from extras.shapes import EMBEDDED_SETS
@@ -68,8 +68,8 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Image.I
                 upright = image.copy()
         upright = to_8_bits(upright).convert("RGB")
     except Exception as e:  # pillow's decoders raise a dozen kinds of error on damaged files
-        raise InputError(f"image {path} cannot be read ({' '.join(str(e).split())}): replace or remove "
-                         f"it (formats that are read: {', '.join(FORMATS)})") from None
+        raise InputError(f"image {path} cannot be read ({one_line(e)}): replace or remove it (formats "
+                         f"that are read: {', '.join(FORMATS)})") from None
     if size is not None and upright.size != size:
         raise InputError(f"image {path} is {upright.width} x {upright.height}, but the annotations say "
                          f"{size[0]} x {size[1]}: its boxes cannot be trusted")
@@ -460,8 +460,7 @@ def read_annotations(source: Path | dict, limit: int | None = None) -> tuple[Ann
     except OSError as e:
         raise InputError(f"annotations {file} cannot be read ({e.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        reason = f"the key {e} is missing" if isinstance(e, KeyError) else " ".join(str(e).split())[:200]
-        raise InputError(f"annotations {file}: {place} is not in COCO format: {reason}") from None
+        raise InputError(f"annotations {file}: {place} is not in COCO format: {one_line(e)}") from None
 
     sizes, image_of = np.array(sizes), np.array(image_of)
     boxes, crowd = np.array(boxes).reshape(-1, 4), np.array(crowds, bool)

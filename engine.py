@@ -44,6 +44,12 @@ class Terminated(BaseException):
     that reads damaged files catches those.)"""
 
 
+def one_line(e: Exception) -> str:
+    """The reason of an error in one line, cut to 200 characters."""
+    text = f"the key {e} is missing" if isinstance(e, KeyError) else str(e)
+    return " ".join(text.split())[:200]
+
+
 def note(text: str) -> None:
     """Prints something that is no error but should be known. The first process does it."""
     if rank() == 0:
@@ -355,8 +361,8 @@ def collate_and_share(collate: Callable, samples: list) -> object:
         if "shared memory" not in str(e) and "shm" not in str(e):
             raise
         raise InputError(f"the shared memory of the data loading processes is full "
-                         f"({' '.join(str(e).split())}): give fewer --workers, or 0, or more memory "
-                         f"(docker run --shm-size=8g)") from None
+                         f"({one_line(e)}): give fewer --workers, or 0, or more memory (docker run "
+                         f"--shm-size=8g)") from None
     return batch
 
 
@@ -509,8 +515,7 @@ def load_checkpoint(path: str | Path) -> dict:
                          f"and plain containers and might run anything; give a checkpoint of this "
                          f"project or a plain state dict") from None
     except Exception as e:  # torch's readers raise a dozen kinds of error on other files
-        reason = " ".join(str(e).split())[:100]
-        raise InputError(f"{path} is not a whole checkpoint ({reason})") from None
+        raise InputError(f"{path} is not a whole checkpoint ({one_line(e)})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
     return content
@@ -577,7 +582,7 @@ def copy_weights(model: nn.Module, checkpoint: dict, description: dict, path: st
             try:
                 part.load_state_dict(state)
             except RuntimeError as e:
-                raise InputError(f"{path} does not fit: {' '.join(str(e).split())[:200]}") from None
+                raise InputError(f"{path} does not fit: {one_line(e)}") from None
             loaded.append(name)
         else:
             fresh.append(name)

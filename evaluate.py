@@ -31,7 +31,7 @@ from tqdm import tqdm
 import engine
 from data import (DETECTION_DATA, DetectionSet, Transform, check_convention, corners, detection_set,
                   is_number, pad_batch, read_image, to_tensor, whole)
-from engine import InputError
+from engine import InputError, one_line
 from extras import pictures, released, tables
 from extras.hf import load_hugging_face
 from extras.tables import CORRUPTIONS, METRICS
@@ -423,8 +423,7 @@ def load_detector(path: str | Path,
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise InputError(f"{path} is not a whole checkpoint of finetune.py: "
-                         f"{' '.join(str(e).split())[:200]}") from None
+        raise InputError(f"{path} is not a whole checkpoint of finetune.py: {one_line(e)}") from None
     return model.eval(), checkpoint
 
 

@@ -28,7 +28,7 @@ import engine
 from data import (CLASSIFICATION_DATA, EMBEDDED_SETS, ClassificationSet, classification_set, digest,
                   to_image)
 from deform_attn import operator_path
-from engine import InputError
+from engine import InputError, one_line
 from extras import pictures, released
 from extras.augment import mix, smooth_targets
 from model import VARIANTS, Classifier, Config
@@ -67,7 +67,7 @@ def load_tree(path: str | Path) -> Tree:
         raise InputError(f"tree {path} is missing: python -m extras.imagenet21k_tree makes it") from None
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
         form = '{"class_tree_list": [[class, parent, ..., root], ...]}'
-        raise InputError(f"tree {path} is not {form}: {type(e).__name__} {e}") from None
+        raise InputError(f"tree {path} is not {form}: {one_line(e)}") from None
     members = [[c for c, level in enumerate(levels) if level == k] for k in range(max(levels) + 1)]
     place_of = {c: i for classes in members for i, c in enumerate(classes)}
     kept = [k for k, classes in enumerate(members) if len(classes) > 1]

@@ -42,7 +42,7 @@ import engine
 import finetune
 import pretrain
 from data import classification_set, detection_set, micro_batches
-from engine import InputError
+from engine import InputError, one_line
 from extras import released
 from extras.tables import markdown
 from model import VARIANTS, Classifier, Config, Detector
@@ -69,7 +69,7 @@ def measure_operator(result: dict, device: torch.device, quick: bool, deadline: 
             function(config)
             print(f"{what}: {1000 * (time.perf_counter() - start):.1f} ms")
     except OSError as e:
-        raise InputError(f"the kernel cannot be built here: {' '.join(str(e).split())[:400]}") from None
+        raise InputError(f"the kernel cannot be built here: {one_line(e)}") from None
     repeats = 1 if quick else repeats
     bandwidth, call = copy_bandwidth(device, repeats), call_microseconds(device)
     print(f"{config.arch}; copy: {bandwidth / 1e9:.0f} GB/s; a call on tiny inputs: forward "

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from engine import Help, InputError, note, run_script
+from engine import Help, InputError, note, one_line, run_script
 
 # Category ids are 1 to 8 in this order. Cityscapes' own ids, which the released code's annotation files
 # keep, are 24 to 28 and 31 to 33 in the same order. So a model learns the same labels, 0 to 7.
@@ -140,9 +140,7 @@ def read_polygons(path: Path) -> tuple[int, int, list]:
             if not deleted and label != "license plate" and len(polygon) > 2:
                 painted.append((label, coordinates))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        reason = f"the key {e} is missing" if isinstance(e, KeyError) else str(e)
-        reason = " ".join(reason.split())[:200]
-        raise InputError(f"annotations {path}: {place} cannot be read ({reason}): unpack "
+        raise InputError(f"annotations {path}: {place} cannot be read ({one_line(e)}): unpack "
                          "gtFine_trainvaltest.zip again") from None
     return width, height, painted
 

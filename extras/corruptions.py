@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageOps
 from scipy import fft, ndimage
 
-from engine import Help, InputError, run_script
+from engine import Help, InputError, one_line, run_script
 from extras.pictures import sheet_of
 from extras.shapes import shape_scene
 
@@ -235,7 +235,7 @@ def open_photo(path: Path) -> Image.Image:
         with Image.open(path) as photo:
             return ImageOps.exif_transpose(photo).convert("RGB")
     except Exception as e:  # pillow's decoders raise a dozen kinds of error on damaged files
-        raise InputError(f"image {path} cannot be read ({' '.join(str(e).split())})") from None
+        raise InputError(f"image {path} cannot be read ({one_line(e)})") from None
 
 
 def cubic(layer: np.ndarray, size: int, first: int, number: int) -> np.ndarray:

@@ -8,7 +8,7 @@ Their preprocessing is ours: short side 800, long side at most 1333, ImageNet's 
 import torch
 from torch import Tensor, nn
 
-from engine import InputError
+from engine import InputError, one_line
 
 # These have a sigmoid per class, as FP-DETR has; all others a softmax
 # with "no object" as the last class.
@@ -61,5 +61,5 @@ def load_hugging_face(name: str, classes: list[str] | None = None) -> HuggingFac
     try:
         detector = AutoModelForObjectDetection.from_pretrained(name)
     except Exception as e:  # the hub's dozen kinds of error: no such name, no network, not a detector
-        raise InputError(f"transformers cannot load {name}: {' '.join(str(e).split())[:200]}") from None
+        raise InputError(f"transformers cannot load {name}: {one_line(e)}") from None
     return HuggingFaceDetector(detector, classes).eval()

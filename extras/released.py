@@ -20,7 +20,7 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
-from engine import InputError, load_checkpoint, note
+from engine import InputError, load_checkpoint, note, one_line
 from model import VARIANTS, Classifier, Config, Detector, TaskAdaptor, build_adaptor
 
 
@@ -201,10 +201,8 @@ def read_config(state: dict[str, Tensor], num_heads: int | None = None) -> Confi
                       mlp_dim=state[layer + "ffns.0.layers.0.0.bias"].shape[0],
                       queries=state[QUERY_KEY].shape[0] if QUERY_KEY in state else Config.queries,
                       tokenizer_dim=state["backbone.patch_embed8.proj.bias"].shape[0])
-    except KeyError as e:
-        raise InputError(f"not a whole released FP-DETR checkpoint: it lacks {e}") from None
-    except (AttributeError, IndexError) as e:
-        raise InputError(f"not a released FP-DETR checkpoint: {e}") from None
+    except (KeyError, AttributeError, IndexError) as e:
+        raise InputError(f"not a whole released FP-DETR checkpoint: {one_line(e)}") from None
 
 
 def read_checkpoint(path: str | PathLike) -> dict:
@@ -224,7 +222,7 @@ def read_checkpoint(path: str | PathLike) -> dict:
             return {"stage": "pretrain", "layout": "released", "classes": [], "config": asdict(config),
                     "model": weights}
     except (RuntimeError, TypeError) as e:  # shapes that do not belong together
-        raise InputError(f"{path} does not fit: {' '.join(str(e).split())[:200]}") from None
+        raise InputError(f"{path} does not fit: {one_line(e)}") from None
     return content
 
 
@@ -254,6 +252,5 @@ def load_released(path_or_state_dict: str | PathLike | dict, num_heads: int | No
         detector = detector.to(torch.promote_types(state[QUERY_KEY].dtype, torch.float32))
         detector.load_state_dict(convert_names(state, config.heads))
     except (KeyError, RuntimeError) as e:
-        reason = f"{type(e).__name__} {' '.join(str(e).split())}"
-        raise InputError(f"not a whole released FP-DETR checkpoint: {reason}") from None
+        raise InputError(f"not a whole released FP-DETR checkpoint: {one_line(e)}") from None
     return detector.eval()
