@@ -222,22 +222,18 @@ def setup(args: argparse.Namespace) -> torch.device:
         raise InputError("--device cuda, but torch sees no GPU: use --device cpu")
     device = torch.device(args.device)
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-                   if name not in os.environ]
-        if missing:
-            raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} not "
-                             f"set: start with torchrun, or unset WORLD_SIZE for one process")
+        try:  # gloo serves tensors on the CPU, so that exchanging a flag does not wait for the GPU
+            local_rank = int(os.environ["LOCAL_RANK"])
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        except (KeyError, ValueError) as e:
+            raise InputError(f"WORLD_SIZE is set, but the variables of torchrun are wrong "
+                             f"({one_line(e)}): start with torchrun, or unset WORLD_SIZE") from None
         if device.type == "cuda":
-            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            if local_rank >= torch.cuda.device_count():
                 raise InputError(f"there are more processes than the {torch.cuda.device_count()} GPUs: "
                                  f"lower --nproc_per_node, or give --device cpu")
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
-        try:  # gloo serves tensors on the CPU, so that exchanging a flag does not wait for the GPU
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        except ValueError as e:
-            raise InputError(f"the variables of torchrun are wrong ({e}): start with torchrun, or unset "
-                             f"WORLD_SIZE for one process") from None
     # Emulated on older GPUs, it is slower than float32.
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     args.amp = args.amp or ("bf16" if has_bf16 else "off")
@@ -309,8 +305,7 @@ class BatchSampler:
 
     def __init__(self, length: int, batch_size: int, seed: int):
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.epoch = 0
-        self.skip = 0
+        self.epoch = self.skip = 0
 
     def __len__(self) -> int:
         return math.ceil(self.length / self.batch_size)
@@ -360,9 +355,8 @@ def collate_and_share(collate: Callable, samples: list) -> object:
     except RuntimeError as e:
         if "shared memory" not in str(e) and "shm" not in str(e):
             raise
-        raise InputError(f"the shared memory of the data loading processes is full "
-                         f"({one_line(e)}): give fewer --workers, or 0, or more memory (docker run "
-                         f"--shm-size=8g)") from None
+        raise InputError(f"the shared memory of the data loading processes is full ({one_line(e)}): "
+                         f"give fewer --workers or more memory (docker run --shm-size=8g)") from None
     return batch
 
 
@@ -434,9 +428,8 @@ class RunningMean:
 
     def read(self) -> dict[str, float]:
         """The means since the last call. Each process has a share of each loss; shares are added up."""
-        sums = torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in self.sums.values()])
-        if world_size() > 1:
-            dist.all_reduce(sums)
+        sums = torch.stack(list(self.sums.values()))
+        sums = sum_over_processes(sums, sums.device)
         means = dict(zip(self.sums, (sums / self.count).tolist()))
         self.sums, self.count = {}, 0
         return means
