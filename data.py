@@ -732,9 +732,6 @@ def files_below(folder: Path) -> list[str]:
 
 CLASSIFICATION_DATA = ("shapes or shapes-hard (generated, no download), imagenet, imagenet21k, or any "
                        "folder with train/ and val/, each with a folder of images per class")
-# ImageNet-21k-P has the folder names of its authors' archive.
-IMAGENET_FOLDERS = {"imagenet": ("train", "val"),
-                    "imagenet21k": ("imagenet21k_train", "imagenet21k_val")}
 
 
 def classification_set(data: str, split: str, root: str | None = None, limit: int | None = None,
@@ -745,6 +742,6 @@ def classification_set(data: str, split: str, root: str | None = None, limit: in
     if data in EMBEDDED_SETS:
         pictures, labels = shapes.classification_pictures(data, split, limit)
         return ClassificationSet(pictures, labels, list(shapes.SHAPES), **options)
-    folder = Path(root or f"data/{data}") if data in IMAGENET_FOLDERS else Path(data)
-    train, val = IMAGENET_FOLDERS.get(data, ("train", "val"))
-    return image_folder(folder / (train if split == "train" else val), limit, **options)
+    folder = Path(root or f"data/{data}") if data in ("imagenet", "imagenet21k") else Path(data)
+    prefix = "imagenet21k_" if data == "imagenet21k" else ""  # as in its authors' archive
+    return image_folder(folder / (prefix + split), limit, **options)

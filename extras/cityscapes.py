@@ -19,7 +19,6 @@ from engine import Help, InputError, note, one_line, run_script
 # Category ids are 1 to 8 in this order. Cityscapes' own ids, which the released code's annotation files
 # keep, are 24 to 28 and 31 to 33 in the same order. So a model learns the same labels, 0 to 7.
 CLASSES = ("person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
-MOST_PIXELS = 90_000_000  # of an image, as everywhere in this project
 FARTHEST = 1e5  # of coordinates. From about 1e7 on, polygons of pillow are whole pixels off.
 HELP = ("download leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip (cityscapes-dataset.com, "
         "after registration) and unpack both in")
@@ -122,7 +121,7 @@ def read_polygons(path: Path) -> tuple[int, int, list]:
         content = json.loads(path.read_bytes())
         width, height, entries = content["imgWidth"], content["imgHeight"], content["objects"]
         sides_fit = all(type(side) is int and side > 0 for side in (width, height))
-        if not sides_fit or width * height > MOST_PIXELS:
+        if not sides_fit or width * height > Image.MAX_IMAGE_PIXELS:
             raise ValueError("imgWidth and imgHeight are not the size of a picture in pixels")
         if not isinstance(entries, list):
             raise ValueError("'objects' is no list")

@@ -98,6 +98,7 @@ def build_model(kind: Callable[[Config, int], nn.Module], config: Config, num_cl
 # ------------------------------------------------------------------------------------ their checkpoints
 
 T = r"bbox_head\.transformer\."
+LAYER = T + r"encoder[12]\.layers\.(\d)\."
 # Their name (a pattern over the whole key) -> ours. {n} and {last} are the first and the last group of
 # the pattern; {stage} counts the strides 8, 16, 32 from 0; {layer} is {n} in their encoder1, layers
 # 1-6, and {n} + 6 in their encoder2, 7-12.
@@ -110,12 +111,9 @@ KEYS = [
     (r"neck\.extra_convs\.(0)\.conv\.(weight)", "encoder.tokenizer.projections.3.{last}"),
     (r"neck\.extra_convs\.(0)\.gn\.(weight|bias)", "encoder.tokenizer.group_norms.3.{last}"),
     (T + r"(level_embeds)", "encoder.level_embed"),
-    (T + r"encoder(?:1|2)\.layers\.(\d)\.attentions\.0\.(\w+\.(?:weight|bias))",
-     "encoder.layers.{layer}.attention.{last}"),
-    (T + r"encoder(?:1|2)\.layers\.(\d)\.ffns\.0\.layers\.0\.0\.(weight|bias)",
-     "encoder.layers.{layer}.mlp.0.{last}"),
-    (T + r"encoder(?:1|2)\.layers\.(\d)\.ffns\.0\.layers\.1\.(weight|bias)",
-     "encoder.layers.{layer}.mlp.3.{last}"),
+    (LAYER + r"attentions\.0\.(\w+\.(?:weight|bias))", "encoder.layers.{layer}.attention.{last}"),
+    (LAYER + r"ffns\.0\.layers\.0\.0\.(weight|bias)", "encoder.layers.{layer}.mlp.0.{last}"),
+    (LAYER + r"ffns\.0\.layers\.1\.(weight|bias)", "encoder.layers.{layer}.mlp.3.{last}"),
     (T + r"encoder1\.layers\.(\d)\.norms\.0\.(weight|bias)", "encoder.layers.{layer}.norm1.{last}"),
     (T + r"encoder1\.layers\.(\d)\.norms\.1\.(weight|bias)", "encoder.layers.{layer}.norm2.{last}"),
     (T + r"encoder2\.layers\.(\d)\.norms\.0\.(weight|bias)", "adaptor.norms.{n}.{last}"),
