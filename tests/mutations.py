@@ -75,7 +75,7 @@ MUTATIONS = [  # the mistake, its file, the right text, the wrong text, the test
     ("CutMix: the ratio drawn, not the ratio cut", "extras/augment.py",
      "        ratio = 1 - (y1 - y0) * (x1 - x0) / (h * w)\n", "", "augment"),
     ("label smoothing over the other classes", "extras/augment.py",
-     "smoothing / num_classes", "smoothing / (num_classes - 1)", "augment"),
+     "smoothing / num_classes", "smoothing / (num_classes - 1)", "recipe"),
     ("shot noise too strong", "extras/corruptions.py",
      "(60,), (25,), (12,)", "(60,), (24,), (12,)", "corruptions"),
     ("contrast around grey", "extras/corruptions.py",

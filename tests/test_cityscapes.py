@@ -66,16 +66,6 @@ def test_a_lone_object_has_the_box_of_its_pixels(write):
     assert seen(write([diamond])) == [("bus", [4, 4, 9, 9], 41, 0)]
 
 
-def test_a_later_object_hides_an_earlier_one(write):
-    car = entry("car", rect(10, 10, 29, 19))
-    whole = ("car", [10, 10, 20, 10], 200, 0)
-    assert seen(write([entry("pole", rect(20, 0, 40, 31)), car])) == [whole]
-    assert seen(write([car, entry("pole", rect(20, 0, 40, 31))])) == [("car", [10, 10, 10, 10], 100, 0)]
-    # A gap in the middle splits the car, which keeps one box.
-    assert seen(write([car, entry("pole", rect(15, 0, 16, 31))])) == [("car", [10, 10, 20, 10], 180, 0)]
-    assert seen(write([car, entry("pole", rect(5, 5, 35, 25))])) == []
-
-
 @pytest.mark.parametrize("cover", [entry("pole", rect(20, 0, 40, 31), deleted=1),
                                    entry("car", rect(20, 0, 40, 31), deleted=True),
                                    entry("license plate", rect(20, 0, 40, 31)),
@@ -168,13 +158,6 @@ def test_random_scenes_are_what_a_slow_painter_sees(write):
         assert sorted(seen(write(objects))) == truth
         hidden += sum(o["label"] in CLASSES for o in objects) - sum(crowd == 0 for *_, crowd in truth)
     assert hidden > 12  # there was something to drop
-
-
-def test_all_groups_of_a_class_in_an_image_are_one_crowd(write):
-    groups = [entry("cargroup", rect(1, 2, 9, 8)), entry("persongroup", rect(40, 2, 49, 8)),
-              entry("car", rect(50, 20, 59, 28)), entry("cargroup", rect(5, 6, 29, 8))]
-    assert seen(write(groups)) == [("car", [1, 2, 29, 7], 63 + 60, 1), ("person", [40, 2, 10, 7], 70, 1),
-                                   ("car", [50, 20, 10, 9], 90, 0)]
 
 
 # ---------------------------------------------------------------------------------- the converted file

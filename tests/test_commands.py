@@ -357,8 +357,9 @@ def test_pretraining_passes_its_encoder_to_finetuning(tmp_path, capsys):
     start = ["--pretrained", "runs/pretrain-tiny-shapes/last.pt"]
     call(tmp_path, "finetune.py", *SHORT, *start)
     assert "encoder; starting fresh: queries, adaptor, class_head, box_head" in capsys.readouterr().out
-    refused(tmp_path, "finetune.py", *SHORT, *start, "--out", "x", "--layout", "released",
-            says="layout paper")
+    for more, says in ((["--layout", "released"], "another encoder: layout paper (here released)"),
+                       (["--variant", "mini-wide"], "another encoder: dim 64 (here 96)")):
+        refused(tmp_path, "finetune.py", *SHORT, *start, "--out", "x", *more, says=says)
 
 
 def test_pretraining_on_a_folder_with_the_semantic_softmax(tmp_path, capsys):

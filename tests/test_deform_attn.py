@@ -1,5 +1,4 @@
 """Compares the operator with a loop over pixels and with finite differences."""
-import ctypes
 import math
 import os
 import platform
@@ -15,8 +14,7 @@ from conftest import ROOT, deform_attn_inputs
 from torch.library import opcheck
 
 import deform_attn
-from deform_attn import (MSDeformAttn, ms_deform_attn, ms_deform_attn_reference,
-                         sampling_locations_and_weights)
+from deform_attn import (MSDeformAttn, ms_deform_attn, ms_deform_attn_reference)
 
 SHAPES = [(5, 7), (3, 4), (2, 2), (1, 1)]
 
@@ -51,23 +49,6 @@ def test_reference_equals_a_loop_over_pixels():
     inputs = make_inputs()
     got = ms_deform_attn_reference(inputs[0], SHAPES, *inputs[1:])
     torch.testing.assert_close(got, brute_force(*inputs), rtol=0, atol=1e-12)
-
-
-def test_sampling_locations_and_weights_are_the_ones_of_the_loop():
-    """grid_sample at the locations, weighted and summed, gives the loop's result."""
-    value, references, offsets, logits = make_inputs()
-    locations, weights = sampling_locations_and_weights(SHAPES, references, offsets, logits)
-    assert locations.shape == offsets.shape and weights.shape == logits.shape
-    output, levels = 0, value.split([h * w for h, w in SHAPES], dim=1)
-    for level, (h, w) in enumerate(SHAPES):
-        maps = levels[level].permute(0, 2, 3, 1).reshape(6, 5, h, w)  # (B * M, C, H_l, W_l)
-        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)  # (B * M, Q, P, 2)
-        samples = torch.nn.functional.grid_sample(maps, grid, align_corners=False)  # (B * M, C, Q, P)
-        level_weights = weights[:, :, :, level].transpose(1, 2).reshape(6, 1, 6, 2)  # (B * M, 1, Q, P)
-        output = output + (samples * level_weights).sum(-1)
-    output = output.view(2, 15, 6).transpose(1, 2)  # (B, Q, M * C)
-    expected = brute_force(value, references, offsets, logits)
-    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
 
 
 def test_reference_gradients_equal_finite_differences():
@@ -339,14 +320,10 @@ def test_each_kind_of_cpu_has_a_file_of_its_own(monkeypatch, fresh):
     assert deform_attn.build_kernel(CONFIG) != first
 
 
-def test_a_system_without_users_or_with_an_old_driver_has_no_kernel(monkeypatch, fresh):
+def test_a_system_without_users_has_no_kernel(monkeypatch, fresh):
     monkeypatch.delattr(os, "getuid")
     monkeypatch.setattr(platform, "system", lambda: "Windows")
     assert deform_attn.loading_error(CONFIG) == "the kernel is not built on Windows"
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # a library without any function
-    deform_attn.cuda_driver.cache_clear()
-    with pytest.raises(OSError, match="the NVIDIA driver is older than CUDA 12.0"):
-        deform_attn.cuda_driver()
 
 
 def test_many_processes_and_threads_may_build_at_once(tmp_path):

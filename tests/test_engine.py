@@ -16,8 +16,8 @@ from conftest import ROOT, refused
 import engine
 from engine import InputError
 from evaluate import load_detector
-from extras.released import read_checkpoint, released_layout
-from model import VARIANTS, Classifier, Detector
+from extras.released import read_checkpoint
+from model import VARIANTS, Detector
 
 TINY = VARIANTS["tiny"]
 
@@ -45,15 +45,6 @@ def test_a_saved_detector_loads_with_the_same_outputs(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]  # no temporary file is left
 
 
-def test_the_pretrained_encoder_is_copied_whole(tmp_path):
-    classifier, detector = Classifier(TINY, 2), Detector(TINY, 2)  # as many classes, but other ones
-    message = start_from(detector, save(tmp_path / "c.pt", classifier, stage="pretrain"))
-    for k, v in classifier.encoder.state_dict().items():
-        assert torch.equal(detector.encoder.state_dict()[k], v)
-    assert message.endswith("c.pt: encoder; starting fresh: queries, adaptor, class_head, box_head")
-    assert detector.class_head.bias.eq(detector.class_head.bias[0]).all()  # the 1 % of a fresh head
-
-
 def test_a_detector_of_other_classes_gives_all_but_its_class_head(tmp_path):
     old, new = Detector(TINY, 7), Detector(TINY, 2)
     message = start_from(new, save(tmp_path / "d.pt", old, classes="abcdefg"))
@@ -65,16 +56,6 @@ def test_a_detector_of_other_classes_gives_all_but_its_class_head(tmp_path):
     assert start_from(new, tmp_path / "d.pt").endswith("starting fresh: nothing")
     save(tmp_path / "d.pt", Detector(TINY, 2), classes=("class 0", "class 1"))  # as some files name them
     assert start_from(new, tmp_path / "d.pt").endswith("starting fresh: nothing")
-
-
-@pytest.mark.parametrize("variant, layout, says", [
-    ("lite", "paper", r"dim 64 \(here 256\)"), ("tiny", "released", r"layout paper \(here released\)")])
-def test_another_size_or_layout_is_refused_by_name(tmp_path, variant, layout, says):
-    model = Detector(VARIANTS[variant], 2)
-    if layout == "released":
-        released_layout(model)
-    with pytest.raises(InputError, match=f"another encoder: .*{says}"):
-        start_from(model, save(tmp_path / "a.pt", Detector(TINY, 2)), layout=layout)
 
 
 class Evil:
@@ -284,11 +265,8 @@ def test_world_size_without_torchrun_is_refused(tmp_path, monkeypatch):
     refused(tmp_path, "finetune.py", says="the variables of torchrun are wrong")
 
 
-def test_a_closed_pipe_closed_output_and_an_ascii_terminal(tmp_path):
+def test_closed_output_and_an_ascii_terminal(tmp_path):
     script = f"{sys.executable} {ROOT / 'evaluate.py'} --table 5"
-    done = subprocess.run(["bash", "-c", f"{script} | head -1; exit ${{PIPESTATUS[0]}}"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.returncode in (0, 141) and done.stderr == ""  # 0: it was faster than head
     for closed in (">&-", "2>&-"):
         done = subprocess.run(["bash", "-c", f"{script} {closed}"], cwd=tmp_path, capture_output=True)
         assert done.returncode == 0 and done.stderr == b""

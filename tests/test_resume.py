@@ -1,4 +1,5 @@
 """Runs that are killed or stopped or that go wrong: which files they leave and how they go on."""
+import copy
 import gc
 import json
 import multiprocessing
@@ -194,15 +195,20 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):
 
 
 def poison(stage: str) -> None:
-    """The gradient of the third step becomes infinite. The loss stays finite."""
+    """The gradient of the third step becomes infinite. The loss stays finite, and no weight changes."""
     module, steps = __import__(stage), [0]
     plain = module.train_step
 
     def train_step(model, *args, **kwargs):
         steps[0] += 1
-        if steps[0] == 3:
-            model.encoder.layers[1].norm1.weight.register_hook(lambda grad: grad * float("inf"))
-        return plain(model, *args, **kwargs)
+        if steps[0] < 3:
+            return plain(model, *args, **kwargs)
+        model.encoder.layers[1].norm1.weight.register_hook(lambda grad: grad * float("inf"))
+        before = copy.deepcopy(model.state_dict())
+        try:
+            return plain(model, *args, **kwargs)
+        finally:
+            assert all(torch.equal(weight, before[k]) for k, weight in model.state_dict().items())
     module.train_step = train_step
 
 
