@@ -1,5 +1,5 @@
-"""The programs as a user runs them: training, the variants of Tables 3 and 7, evaluation, bad input,
-help, and the commands of README and docs."""
+"""The programs as a user runs them: training, the variants of Tables 3 and 7, evaluation, bad input, and
+the commands of README and docs."""
 import importlib
 import json
 import re
@@ -436,16 +436,7 @@ def test_what_does_not_fit_a_trained_detector(trained):
     refused(trained, "evaluate.py", "three.pt", "--data", "shapes", says="3 classes")
 
 
-# ------------------------------------------------------------------------------------ help and commands
-
-@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "evaluate.py"])
-def test_help_explains_every_flag(tmp_path, script):
-    shown = run(tmp_path, script, "--help").stdout
-    flags = set(re.findall(r'"(--[a-z-]+)"', (ROOT / script).read_text().split("def parse")[1]))
-    assert len(flags) > 10
-    for flag in flags:
-        assert re.search(rf"{flag}\b.*\s+[a-zA-Z]", shown), flag
-
+# --------------------------------------------------------------- commands of the texts, and the imports
 
 def commands_of_the_texts() -> list[str]:
     """The lines of README.md and docs/ that start a program, with the shell's variables filled in."""

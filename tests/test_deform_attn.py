@@ -290,17 +290,6 @@ def test_a_whole_file_that_cannot_be_loaded_is_built_anew_once(monkeypatch, fres
     assert deform_attn.loading_error(CONFIG) == ""
 
 
-def test_the_driver_gets_the_code_alone(monkeypatch, fresh):
-    class Driver:
-        code = []
-        cuLibraryLoadData = staticmethod(lambda library, code, *rest: Driver.code.append(code) or 0)
-        cuLibraryGetKernel = staticmethod(lambda *arguments: 0)
-    monkeypatch.setattr(deform_attn, "cuda_driver", lambda: Driver)
-    monkeypatch.setattr(deform_attn, "compile_kernel", lambda config: b"cubin")
-    deform_attn.load_kernel(CONFIG._replace(arch="sm_90"))
-    assert Driver.code == [b"cubin"]
-
-
 def test_each_kind_of_cpu_has_a_file_of_its_own(monkeypatch, fresh):
     monkeypatch.setattr(deform_attn, "compile_kernel", lambda config: b"code")
     monkeypatch.setattr(platform, "node", lambda: "a shared name")

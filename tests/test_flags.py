@@ -134,10 +134,11 @@ def test_flags_that_name_places(tmp_path, monkeypatch):
 
 
 def flags_of(module, monkeypatch) -> set[str]:
-    """The flags that the parser of a command knows."""
+    """The flags that the parser of a command knows. --help explains each."""
     found = set()
 
     def parse_args(parser, *_):
+        assert all(action.help for action in parser._actions) and parser.format_help()
         found.update(a.option_strings[-1] for a in parser._actions if a.option_strings)
         raise KeyboardInterrupt
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
