@@ -634,14 +634,18 @@ class Run:
         finally:
             self.waiting = False
 
-    def resume(self, model: nn.Module, description: dict) -> dict:
-        """Loads the checkpoint's weights, if there is one to resume. Returns the counters to start from:
-        epoch (finished ones), step, best, scores; from a checkpoint also its "optimizer". InputError if
-        another run made it."""
+    def load(self, model: nn.Module, description: dict, checkpoint: dict, path: str | None) -> dict:
+        """Loads the weights of the run to resume, or those of the checkpoint from `path`, if given.
+        Returns the counters to start from: epoch (finished ones), step, best, scores; of a resumed run
+        also its "optimizer". InputError if it is another run, or if the weights do not fit."""
         if self.resumed:
             check_resumed(self.state, description, self.last)
             model.load_state_dict(self.state["model"])
             self.started -= self.state["seconds"]
+        elif path:
+            message = copy_weights(model, checkpoint, description, path)
+            if rank() == 0:
+                print(message)
         return self.state
 
     def open(self, args: argparse.Namespace) -> None:
@@ -691,7 +695,7 @@ class Run:
     def save(self, description: dict, model: nn.Module, optimizer: torch.optim.Optimizer,
              **counters) -> None:
         """Writes last.pt, from which --resume goes on. If a weight is not finite, the older file stays.
-        counters: as in `resume`."""
+        counters: as in `load`."""
         weights = model.state_dict()
         if not torch.stack([w.isfinite().all() for w in weights.values()]).all():
             raise InputError(f"the weights are not finite after step {counters['step']}: try a lower "

@@ -313,11 +313,7 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
     model = released.build_model(detector, config, len(train.classes), args.layout)
     description = engine.describe_run(model, args, "finetune", train.classes, len(train),
                                       training_set=train.digest, validation_set=val.digest)
-    state = run.resume(model, description)
-    if checkpoint:
-        message = engine.copy_weights(model, checkpoint, description, args.pretrained)
-        if engine.rank() == 0:
-            print(message)
+    state = run.load(model, description, checkpoint, args.pretrained)
     model.to(device)
     model.encoder.checkpointing = args.activation_checkpointing
     engine.broadcast_weights(model)

@@ -363,12 +363,8 @@ def main(classifier: Callable[[Config, int], Classifier] = Classifier,
     description = engine.describe_run(model, args, "pretrain", train.classes, len(train),
                                       training_set=train.digest, validation_set=val.digest,
                                       tree=digest(args.tree.read_bytes()) if args.tree else None)
-    state = run.resume(model, description)
-    if args.init and not run.resumed:
-        checkpoint = released.read_checkpoint(args.init)
-        message = engine.copy_weights(model, checkpoint, description, args.init)
-        if engine.rank() == 0:
-            print(message)
+    checkpoint = released.read_checkpoint(args.init) if args.init and not run.resumed else {}
+    state = run.load(model, description, checkpoint, args.init)
     model.to(device)
     model.encoder.checkpointing = args.activation_checkpointing
     engine.broadcast_weights(model)
