@@ -1,12 +1,14 @@
-"""Helpers of several test files: programs run as a user runs them, and the reference data, which a user
-does not have."""
+"""Helpers of several test files: programs run as a user runs them, checkpoints and data, and the
+reference data, which a user does not have."""
 import contextlib
 import importlib
 import io
+import json
 import os
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import engine
+from data import detection_set
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("FPDETR_REFERENCE_DATA", ROOT.parent / "shared"))
@@ -57,6 +60,37 @@ def locked(path):
         process.stdout.readline()
         yield
         process.kill()
+
+
+def shaken(model, noise=0.05):
+    """Moves the weights away from their initialisation, in which zeros could hide a mistake."""
+    for p in model.parameters():
+        p.data += noise * torch.randn_like(p)
+    return model.eval()
+
+
+def save_model(path, model, classes, stage="finetune", layout="paper", **flags):
+    """A checkpoint as a run with these flags would leave it."""
+    args = Namespace(layout=layout, **flags)
+    description = engine.describe_run(model, args, stage, list(classes), images=9)
+    engine.save_checkpoint(path, {**description, "model": model.state_dict()})
+    return path
+
+
+def coco_folder(folder, counts=(16, 6), **changes):
+    """Some embedded pictures for training and validation as a folder in COCO format.
+    changes: split=function(content)."""
+    (folder / "annotations").mkdir(parents=True)
+    for split, count in zip(("train", "val"), counts):
+        dataset = detection_set("shapes", split, limit=count)
+        content = dataset.ground_truth
+        (folder / split).mkdir()
+        for entry, record in zip(content["images"], dataset.records):
+            record.image().save(folder / split / entry["file_name"])
+        if changes.get(split):
+            changes[split](content)
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return folder
 
 
 @pytest.fixture(autouse=True)

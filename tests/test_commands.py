@@ -6,11 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT, call, locked, refused, run
+from conftest import ROOT, call, coco_folder, locked, refused, run, save_model
 from PIL import Image
 
 import engine
@@ -102,20 +101,6 @@ def test_real_pictures_with_gapped_categories(shared, tmp_path):
     assert (tmp_path / "runs" / "finetune-tiny-coco_mini" / "detections.png").exists()
 
 
-def coco_folder(folder, **changes):
-    """16 + 6 embedded pictures as a folder in COCO format. changes: split=function(content)."""
-    for split, count in (("train", 16), ("val", 6)):
-        dataset = detection_set("shapes", split, limit=count)
-        content = dataset.ground_truth
-        (folder / split).mkdir(parents=True)
-        (folder / "annotations").mkdir(exist_ok=True)
-        for entry, record in zip(content["images"], dataset.records):
-            record.image().save(folder / split / entry["file_name"])
-        changes.get(split, lambda content: None)(content)
-        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-    return folder
-
-
 OWN = "--data data --image-size 64 --batch-size 8 --workers 0 --epochs 1 --out run".split()
 
 
@@ -168,9 +153,7 @@ def test_the_paper_stands_below_an_evaluation_of_a_model_of_its_size_on_its_data
         (folder / split).rename(folder / f"{split}2017")
         old = folder / "annotations" / f"instances_{split}.json"
         old.rename(old.with_name(f"instances_{split}2017.json"))
-    args = Namespace(layout="paper", data="coco", data_root="elsewhere", image_size=64)
-    description = engine.describe_run(model, args, "finetune", list(SHAPES), images=16)
-    engine.save_checkpoint(tmp_path / "lite.pt", {**description, "model": model.state_dict()})
+    save_model(tmp_path / "lite.pt", model, SHAPES, data="coco", data_root="elsewhere", image_size=64)
     for flags, rows in (([], 1), (["--limit-val", 2], 0), (["--split", "train"], 0)):
         call(tmp_path, "evaluate.py", "lite.pt", *flags, "--workers", 0, "--device", "cpu")
         paper = re.findall("paper, FP-DETR-Lite(.*)", capsys.readouterr().out)
@@ -217,7 +200,7 @@ def test_classes_are_matched_by_name(trained, tmp_path, capsys):
     def rename(content):
         content["categories"][0]["name"] = "disk"
     for name, change in (("plain", None), ("reversed", reverse), ("renamed", rename)):
-        data = coco_folder(tmp_path / name, **({"val": change} if change else {}))
+        data = coco_folder(tmp_path / name, val=change)
         flags = [last, "--data", data, "--out", tmp_path / "out", "--workers", 0]
         if name == "renamed":
             refused(tmp_path, "evaluate.py", *flags, says="other names (circle, disk): rename them, or")
@@ -429,10 +412,7 @@ def test_what_does_not_fit_a_trained_detector(trained):
     refused(trained, "evaluate.py", last, "--out", "runs/finetune-tiny-shapes", says="a training run")
     twice = ["--images", *2 * ["runs/finetune-tiny-shapes/curves.png"], "--out", "none"]
     refused(trained, "evaluate.py", last, *twice, says="have the same name")
-    model = Detector(VARIANTS["tiny"], 3)
-    args, classes = Namespace(layout="paper"), ["a", "b", "c"]
-    description = engine.describe_run(model, args, "finetune", classes, images=1)
-    engine.save_checkpoint(trained / "three.pt", {**description, "model": model.state_dict()})
+    save_model(trained / "three.pt", Detector(VARIANTS["tiny"], 3), "abc")
     refused(trained, "evaluate.py", "three.pt", "--data", "shapes", says="3 classes")
 
 

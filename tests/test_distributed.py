@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, coco_folder
 
 from data import detection_set
 from engine import BatchSampler
@@ -42,15 +42,10 @@ def write_data(folder) -> None:
     """Writes 5 training and 7 validation pictures. In the first batch of 4, the pictures of the second
     process have no objects."""
     bare = BatchSampler(5, 4, seed=0).order()[1:4:2] + 1
-    (folder / "annotations").mkdir(parents=True)
-    for split, count in (("train", 5), ("val", 7)):
-        (folder / split).mkdir()
-        dataset = detection_set("shapes", split, limit=count)
-        for record in dataset.records:
-            record.source.save(folder / split / f"{record.id}.png")
-        objects = [a for a in dataset.ground_truth["annotations"] if a["image_id"] not in bare]
-        content = {**dataset.ground_truth, "annotations": objects}
-        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+    def change(content):
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] not in bare]
+    coco_folder(folder, (5, 7), train=change)
 
 
 def write_classes(folder) -> None:

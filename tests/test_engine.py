@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, refused
+from conftest import ROOT, refused, save_model
 
 import engine
 from engine import InputError
@@ -22,24 +22,17 @@ from model import VARIANTS, Detector
 TINY = VARIANTS["tiny"]
 
 
-def describe(model, stage="finetune", layout="paper", classes=("a", "b")):
-    return engine.describe_run(model, Namespace(layout=layout), stage, list(classes), images=9)
-
-
-def save(path, model, **of):
-    engine.save_checkpoint(path, {**describe(model, **of), "model": model.state_dict()})
-    return path
-
-
-def start_from(model, path, **of):
-    return engine.copy_weights(model, read_checkpoint(path), describe(model, **of), path)
+def start_from(model, path, classes="ab"):
+    args = Namespace(layout="paper")
+    description = engine.describe_run(model, args, "finetune", list(classes), images=9)
+    return engine.copy_weights(model, read_checkpoint(path), description, path)
 
 
 # ------------------------------------------------------------------------------------------ checkpoints
 
 def test_a_saved_detector_loads_with_the_same_outputs(tmp_path):
     model, images = Detector(TINY, 2).eval(), torch.randn(1, 3, 64, 64)
-    loaded, checkpoint = load_detector(save(tmp_path / "a.pt", model))
+    loaded, checkpoint = load_detector(save_model(tmp_path / "a.pt", model, "ab"))
     assert torch.equal(loaded(images)["pred_logits"], model(images)["pred_logits"])
     assert checkpoint["classes"] == ["a", "b"] and not loaded.training
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]  # no temporary file is left
@@ -47,14 +40,14 @@ def test_a_saved_detector_loads_with_the_same_outputs(tmp_path):
 
 def test_a_detector_of_other_classes_gives_all_but_its_class_head(tmp_path):
     old, new = Detector(TINY, 7), Detector(TINY, 2)
-    message = start_from(new, save(tmp_path / "d.pt", old, classes="abcdefg"))
+    message = start_from(new, save_model(tmp_path / "d.pt", old, "abcdefg"))
     assert torch.equal(new.queries.content, old.queries.content)
     assert torch.equal(new.box_head[0].weight, old.box_head[0].weight)
     assert message.endswith("starting fresh: class_head")
-    save(tmp_path / "d.pt", Detector(TINY, 2))
+    save_model(tmp_path / "d.pt", Detector(TINY, 2), "ab")
     assert start_from(new, tmp_path / "d.pt", classes="ba").endswith("starting fresh: class_head")
     assert start_from(new, tmp_path / "d.pt").endswith("starting fresh: nothing")
-    save(tmp_path / "d.pt", Detector(TINY, 2), classes=("class 0", "class 1"))  # as some files name them
+    save_model(tmp_path / "d.pt", Detector(TINY, 2), ("class 0", "class 1"))  # as some files name them
     assert start_from(new, tmp_path / "d.pt").endswith("starting fresh: nothing")
 
 
@@ -75,7 +68,7 @@ def test_pickles_are_refused_and_never_run(tmp_path, capsys):
 def test_other_files_are_no_checkpoints(tmp_path):
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     (tmp_path / "text.pt").write_text("hello")
-    whole = save(tmp_path / "whole.pt", Detector(TINY, 2)).read_bytes()
+    whole = save_model(tmp_path / "whole.pt", Detector(TINY, 2), "ab").read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "empty.pt").write_bytes(b"")
     for name in ("tensor.pt", "text.pt", "half.pt", "gone.pt", "empty.pt"):

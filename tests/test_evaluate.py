@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import save_model, shaken
 from PIL import Image
 
-import engine
 import evaluate
 from data import detection_set
 from engine import InputError
@@ -104,19 +104,9 @@ def test_golden_detections(shared):
 def checkpoint(tmp_path_factory):
     """An untrained detector of the embedded data, as finetune.py would leave it."""
     torch.manual_seed(0)
-    model = Detector(replace(VARIANTS["tiny"], queries=10), 8)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.05 * torch.randn_like(p)
+    model = shaken(Detector(replace(VARIANTS["tiny"], queries=10), 8))
     path = tmp_path_factory.mktemp("run") / "last.pt"
-    save(path, model, "finetune")
-    return path
-
-
-def save(path, model, stage):
-    args = Namespace(layout="paper", data="shapes", image_size=64)
-    description = engine.describe_run(model, args, stage, list(SHAPES), images=8)
-    engine.save_checkpoint(path, {**description, "model": model.state_dict()})
+    return save_model(path, model, SHAPES, data="shapes", image_size=64)
 
 
 def run(monkeypatch, *command):
@@ -209,7 +199,7 @@ def test_missing_frost_photographs_are_found_before_the_first_pass(checkpoint, t
 
 
 def test_other_checkpoints_than_detectors_are_refused(checkpoint, tmp_path):
-    save(tmp_path / "classifier.pt", Classifier(VARIANTS["tiny"], 8), "pretrain")
+    save_model(tmp_path / "classifier.pt", Classifier(VARIANTS["tiny"], 8), SHAPES, stage="pretrain")
     content = torch.load(checkpoint)
     torch.save({**content, "config": {**content["config"], "dim": 96}}, tmp_path / "wider.pt")
     torch.save({**content, "classes": None}, tmp_path / "nameless.pt")

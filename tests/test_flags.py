@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import refused
+from conftest import refused, save_model, shaken
 from small import record, run
 
 import engine
@@ -187,13 +187,8 @@ def files_of(folder: Path) -> dict[str, list[bytes]]:
 
 def test_each_flag_of_evaluate_changes_what_it_should(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    model = Detector(replace(VARIANTS["tiny"], queries=10), 8).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.05 * torch.randn_like(p)
-    args = argparse.Namespace(layout="paper", data="shapes", image_size=64)
-    description = engine.describe_run(model, args, "finetune", list(SHAPES), images=8)
-    engine.save_checkpoint(tmp_path / "last.pt", {**description, "model": model.state_dict()})
+    model = shaken(Detector(replace(VARIANTS["tiny"], queries=10), 8))
+    save_model(tmp_path / "last.pt", model, SHAPES, data="shapes", image_size=64)
     detection_set("shapes", "val", limit=1).records[0].image().save(tmp_path / "a.png")
     seen = {}
 

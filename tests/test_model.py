@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import shaken
 
 from deform_attn import ms_deform_attn_reference
 from extras.released import ReleasedAdaptor, released_layout
@@ -18,13 +19,6 @@ ROWS = {"none": dict(adaptor="none"),  # of Table 3
         "Bi-LSTM": dict(adaptor="bilstm"),
         "self-attention per layer": dict(adaptor_per_layer=True), "self-attention": {}}
 LAYOUTS = {"paper": lambda model: model, "released": released_layout}
-
-
-def shaken(model: torch.nn.Module, noise: float = 0.05) -> torch.nn.Module:
-    """Moves the weights away from their initialisation, in which zeros could hide a mistake."""
-    for p in model.parameters():
-        p.data += noise * torch.randn_like(p)
-    return model.eval()
 
 
 @pytest.fixture(autouse=True)

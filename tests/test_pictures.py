@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import shaken
 from PIL import Image
 from scipy.ndimage import label
 
@@ -234,11 +235,7 @@ def test_chart_has_a_bar_as_high_as_each_number(drawn, tmp_path):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    model = Detector(replace(VARIANTS["tiny"], queries=50), 3).eval()
-    with torch.no_grad():
-        for p in model.parameters():  # away from the symmetric start
-            p += 0.05 * torch.randn_like(p)
-    return model
+    return shaken(Detector(replace(VARIANTS["tiny"], queries=50), 3))
 
 
 @torch.no_grad()
