@@ -174,8 +174,7 @@ def add_training_flags(parser: argparse.ArgumentParser, variants: dict) -> argpa
                          help="keep only the layers' inputs and compute the rest again in the backward "
                               "pass: less memory, more time, the same gradient")
     machine.add_argument("--eval-every", type=positive, default=1, help="epochs between evaluations")
-    machine.add_argument("--out", type=Path,
-                         help="folder of this run (default: runs/STAGE-VARIANT-DATA)")
+    machine.add_argument("--out", help="folder of this run (default: runs/STAGE-VARIANT-DATA)")
     machine.add_argument("--resume", action="store_true",
                          help="go on exactly from the folder's last.pt, or start if there is none yet")
     machine.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
@@ -199,11 +198,6 @@ def add_device_flags(parser: argparse.ArgumentParser, machine: argparse._Actions
 def as_flags(recipe: dict) -> str:
     """A recipe as it would be typed, for help texts."""
     return ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in recipe.items())
-
-
-def plain(args: argparse.Namespace) -> dict:
-    """The flags with paths as text, for checkpoints and JSON files."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
 
 # -------------------------------------------------------------------------------- devices and processes
@@ -520,7 +514,7 @@ def describe_run(model: nn.Module, args: argparse.Namespace, stage: str, classes
     compares it. images: number of training images. content: digests of the sets."""
     return {"stage": stage, "model_class": getattr(model, "made_by", type(model).__name__),
             "config": asdict(model.encoder.config), "layout": args.layout, "classes": classes,
-            "images": images, "content": content, "args": plain(args)}
+            "images": images, "content": content, "args": {**vars(args)}}
 
 
 def check_resumed(saved: dict, now: dict, path: Path) -> None:
@@ -592,7 +586,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, stage: str):
         data = args.data if "/" not in args.data else Path(args.data).resolve().name
         self.stage = stage
-        self.folder = args.out or Path("runs") / f"{stage}-{args.variant}-{data}"
+        self.folder = Path(args.out or f"runs/{stage}-{args.variant}-{data}")
         self.last, self.arguments = self.folder / "last.pt", self.folder / "args.json"
         self.found = self.last.stat().st_mtime if self.last.exists() else None
         self.resumed = args.resume and self.last.exists()
@@ -666,7 +660,7 @@ class Run:
             mode = "r+" if self.arguments.exists() and args.resume else "x"
             self.locked = open_locked(self.arguments, mode)
             self.locked.truncate()
-            json.dump(plain(args), self.locked, indent=1)
+            json.dump(vars(args), self.locked, indent=1)
             self.locked.flush()
         except OSError as e:  # "File exists": it is a file, or another run has just begun in it
             raise InputError(f"cannot write into {self.folder} ({e.strerror or e}): name another "
@@ -729,7 +723,7 @@ class Run:
         """Writes metrics.json (recipe, number of parameters, scores) and prints the scores."""
         if rank():
             return
-        recipe = {k: v for k, v in plain(args).items() if k not in MACHINE_FLAGS}
+        recipe = {k: v for k, v in vars(args).items() if k not in MACHINE_FLAGS}
         parameters = sum(p.numel() for p in model.parameters())
         write_json(self.folder / "metrics.json", {
             **recipe, "stage": self.stage, "step": step, "parameters": parameters, "data": val.name,

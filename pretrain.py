@@ -162,7 +162,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--drop-path", type=engine.fraction, default=0.1,
                         help="stochastic depth: probability in the last layer, growing from 0 in the "
                              "first")
-    parser.add_argument("--tree", type=Path, help="train with the semantic softmax over this tree (A.3)")
+    parser.add_argument("--tree", help="train with the semantic softmax over this tree (A.3)")
     parser.add_argument("--class-tokens", type=engine.positive, default=1,
                         help="pooled into one before the classifier (A.2, Table 7: 300 for FP-EncDec)")
     machine = engine.add_training_flags(parser, VARIANTS)
@@ -362,7 +362,7 @@ def main(classifier: Callable[[Config, int], Classifier] = Classifier,
     model = released.build_model(classifier, config, len(train.classes), args.layout)
     description = engine.describe_run(model, args, "pretrain", train.classes, len(train),
                                       training_set=train.digest, validation_set=val.digest,
-                                      tree=digest(args.tree.read_bytes()) if args.tree else None)
+                                      tree=digest(Path(args.tree).read_bytes()) if args.tree else None)
     checkpoint = released.read_checkpoint(args.init) if args.init and not run.resumed else {}
     state = run.load(model, description, checkpoint, args.init)
     model.to(device)

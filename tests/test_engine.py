@@ -118,7 +118,7 @@ def test_epochs_of_a_resumed_run_may_grow_but_not_fall_below_the_steps_taken(cap
 
 
 def test_a_checkpoint_is_saved_every_ten_minutes_if_all_weights_are_finite(tmp_path):
-    model, flags = torch.nn.Linear(1, 1), dict(out=tmp_path, overwrite=False, data="x")
+    model, flags = torch.nn.Linear(1, 1), dict(out=str(tmp_path), overwrite=False, data="x")
     optimizer, run = torch.optim.SGD(model.parameters()), engine.Run(Namespace(resume=False, **flags), "x")
     run.saved_at -= 590
     assert not run.must_save()
