@@ -409,24 +409,11 @@ def not_finite(train: Dataset, sampler: BatchSampler, step: int) -> InputError:
                       f"was changed and the last checkpoint stays: try a lower --lr")
 
 
-class RunningMean:
-    """Means of tensors over steps. The sums stay on their device: adding does not wait for the GPU."""
-
-    def __init__(self):
-        self.sums, self.count = {}, 0
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        for k, v in values.items():
-            self.sums[k] = self.sums.get(k, 0) + v
-        self.count += 1
-
-    def read(self) -> dict[str, float]:
-        """The means since the last call. Each process has a share of each loss; shares are added up."""
-        sums = torch.stack(list(self.sums.values()))
-        sums = sum_over_processes(sums, sums.device)
-        means = dict(zip(self.sums, (sums / self.count).tolist()))
-        self.sums, self.count = {}, 0
-        return means
+def mean_over_steps(steps: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Means of what a train_step returns: each process's share of the losses. Shares are added up. They
+    have stayed on their device, so the CPU waits for the GPU here, and not in each step."""
+    sums = torch.stack([sum(step[k] for step in steps) for k in steps[0]])
+    return dict(zip(steps[0], (sum_over_processes(sums, sums.device) / len(steps)).tolist()))
 
 
 def progress_bar(what: str, images: int, done: int) -> tqdm:

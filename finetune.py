@@ -336,7 +336,7 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
         pictures.training_sheet(train, sampler.order()[:8].tolist(), run.folder / "training.png")
 
     step, best, scores = state["step"], state["best"], state["scores"]
-    means = engine.RunningMean()
+    recent = []  # losses of the steps since the last entry of the log
     bar = engine.progress_bar(f"fine-tuning {args.variant} on {train.name}", args.epochs * len(train),
                               sampler.images_after(step))
 
@@ -353,11 +353,12 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
                 factor = schedule_factor(args.schedule, step, steps, args.epochs, args.lr_drop)
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * factor
-                means.add(train_step(model, optimizer, batch, args, device))
+                recent.append(train_step(model, optimizer, batch, args, device))
                 step += 1
                 bar.update(sampler.images_after(step) - bar.n)
                 if step % 10 == 0 or step % steps == 0:
-                    losses = means.read()
+                    losses = engine.mean_over_steps(recent)
+                    recent.clear()
                     run.log(epoch=epoch + 1, step=step, **losses, lr=args.lr * factor)
                     bar.set_postfix(loss=f"{losses['loss']:.3f}", refresh=False)
                 if run.must_save():

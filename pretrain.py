@@ -386,7 +386,7 @@ def main(classifier: Callable[[Config, int], Classifier] = Classifier,
         pictures.training_sheet(train, sampler.order()[:8].tolist(), run.folder / "training.png")
 
     step, best, scores = state["step"], state["best"], state["scores"]
-    means = engine.RunningMean()
+    recent = []  # losses of the steps since the last entry of the log
     bar = engine.progress_bar(f"pre-training {args.variant} on {train.name}",
                               sampler.images_after(args.epochs * steps), sampler.images_after(step))
 
@@ -408,11 +408,12 @@ def main(classifier: Callable[[Config, int], Classifier] = Classifier,
                 images = images.to(device, non_blocking=True)
                 labels = labels.to(device, non_blocking=True)
                 classes = len(train.classes)
-                means.add(train_step(forward, optimizer, images, labels, classes, rng, tree, args))
+                recent.append(train_step(forward, optimizer, images, labels, classes, rng, tree, args))
                 step += 1
                 bar.update(sampler.images_after(step) - bar.n)
                 if step % 10 == 0 or step % steps == 0:
-                    mean = means.read()
+                    mean = engine.mean_over_steps(recent)
+                    recent.clear()
                     # Right answers among mixed pictures would say little.
                     top1 = {} if args.mixup or args.cutmix else {"train_top1": mean["right"]}
                     run.log(epoch=epoch + 1, step=step, loss=mean["loss"], **top1, lr=lr)
