@@ -39,18 +39,6 @@ from model import VARIANTS, Config, Detector
 
 # ------------------------------------------------------------------------------------- the metric (4.2)
 
-def metric_library() -> tuple[type, type]:
-    """(COCO, COCOeval) of faster-coco-eval where it is installed, else of pycocotools. Their numbers are
-    equal; the first is several times faster."""
-    try:
-        from faster_coco_eval import COCO, COCOeval_faster
-        return COCO, COCOeval_faster
-    except ImportError:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-        return COCO, COCOeval
-
-
 def coco_metrics(ground_truth_json: str | Path | dict,
                  detections: list[dict] | str | Path) -> dict[str, float]:
     """COCO's box AP.
@@ -69,7 +57,8 @@ def coco_metrics_by_class(ground_truth_json: str | Path | dict,
                           detections: list[dict] | str | Path) -> tuple[dict[str, float], list[dict]]:
     """`coco_metrics`, and for each class {"name", "objects", "AP"}: the number of its objects without
     crowd regions, and its AP, -1 if it has none."""
-    COCO, COCOeval = metric_library()
+    from pycocotools.coco import COCO  # imported here, so that --help is fast
+    from pycocotools.cocoeval import COCOeval
     if not isinstance(detections, list):
         detections = json.loads(Path(detections).read_bytes())
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress

@@ -14,7 +14,7 @@ from PIL import Image
 import evaluate
 from data import detection_set
 from engine import InputError
-from evaluate import best_boxes, coco_metrics, detect, load_detector, metric_library
+from evaluate import best_boxes, coco_metrics, detect, load_detector
 from extras.corruptions import corrupt_seeded
 from extras.released import released_layout
 from extras.shapes import SHAPES
@@ -37,18 +37,6 @@ def test_published_numbers(case, source, shared, tmp_path):
     for got in (coco_metrics(truth, tmp_path / "results.json"),
                 coco_metrics(json.loads(truth.read_text()), detections)):
         assert got == pytest.approx(dict(zip(METRICS, expected[source])), abs=1e-9)
-
-
-def test_faster_coco_eval_gives_the_same_numbers(shared, monkeypatch):
-    """Evaluation uses it where it is installed. The two AP50 differ by 2e-16."""
-    pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is optional and not installed")
-    folder = shared("data/coco_eval")
-    files = folder / "instances_val2014_100.json", folder / "instances_val2014_fakebbox100_results.json"
-    assert metric_library()[1].__module__.startswith("faster_coco_eval")
-    fast = coco_metrics(*files)
-    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
-    assert metric_library()[1].__module__.startswith("pycocotools")
-    assert fast == pytest.approx(coco_metrics(*files), abs=1e-15)
 
 
 def test_one_box_by_hand():
