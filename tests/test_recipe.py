@@ -1,12 +1,12 @@
 """The recipes of both stages, through the main() that users run. Each training loop is written out here
 once more, from the paper's text, in float64. It imports nothing of what it checks. A run of a small model
 must end at its weights."""
-import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from by_hand import cheapest_pairs, layer_losses
 from small import CLASSES, IMAGES, record, run
 from torch import nn
 
@@ -48,29 +48,6 @@ def same_weights(model, saved, tolerance):
 
 # ------------------------------------------------------------------------- stage 2 (4.1, Deformable DETR)
 
-def iou_parts(a, b):
-    """(IoU, GIoU) of two cxcywh boxes."""
-    a, b = (torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2]) for x, y, w, h in (a, b))
-    wide = (torch.minimum(a[2], b[2]) - torch.maximum(a[0], b[0])).clamp(min=0)
-    high = (torch.minimum(a[3], b[3]) - torch.maximum(a[1], b[1])).clamp(min=0)
-    areas = (a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1])
-    union = sum(areas) - wide * high
-    hull = ((torch.maximum(a[2], b[2]) - torch.minimum(a[0], b[0]))
-            * (torch.maximum(a[3], b[3]) - torch.minimum(a[1], b[1])))
-    return wide * high / union, wide * high / union - (hull - union) / hull
-
-
-def matched(logits, boxes, labels, true):
-    """The cheapest assignment of an image, of all there are: [(query, object)]."""
-    def cost(q, t):
-        p = logits[q, labels[t]].sigmoid()
-        focal = 0.25 * (1 - p) ** 2 * -p.log() - 0.75 * p ** 2 * -(1 - p).log()
-        return 2 * focal + 5 * (boxes[q] - true[t]).abs().sum() - 2 * iou_parts(boxes[q], true[t])[1]
-    table = torch.tensor([[cost(q, t) for t in range(len(labels))] for q in range(len(logits))])
-    choices = itertools.permutations(range(len(logits)), len(labels))
-    best = min(choices, key=lambda queries: sum(table[q, t] for t, q in enumerate(queries)))
-    return [(q, t) for t, q in enumerate(best)]
-
 
 def set_loss(model, batch):
     """The loss of a whole batch, image by image and layer by layer, divided by the matched queries."""
@@ -80,15 +57,8 @@ def set_loss(model, batch):
         out = model(image[None])
         for layer in (out["aux_outputs"][0], out):
             logits, boxes = layer["pred_logits"][0], layer["pred_boxes"][0]
-            pairs = matched(logits.detach(), boxes.detach(), labels, true) if labels else []
-            positive = {(q, labels[t]) for q, t in pairs}
-            for q, k in itertools.product(range(len(logits)), range(CLASSES)):
-                p = logits[q, k].sigmoid()
-                total = total + 2 * (-0.25 * (1 - p) ** 2 * p.log() if (q, k) in positive
-                                     else -0.75 * p ** 2 * (1 - p).log())
-            for q, t in pairs:
-                total = total + 5 * (boxes[q] - true[t]).abs().sum()
-                total = total + 2 * (1 - iou_parts(boxes[q], true[t])[1])
+            pairs = cheapest_pairs(logits.detach(), boxes.detach(), labels, true)
+            total = total + sum(layer_losses(logits, boxes, labels, true, pairs))
     return total / max(objects, 1)
 
 
