@@ -68,8 +68,8 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> Image.I
                 upright = image.copy()
         upright = to_8_bits(upright).convert("RGB")
     except Exception as e:  # pillow's decoders raise a dozen kinds of error on damaged files
-        raise InputError(f"image {path} cannot be read ({one_line(e)}): replace or remove it (formats "
-                         f"that are read: {', '.join(FORMATS)})") from None
+        raise InputError(f"image {path} cannot be read ({one_line(e)}): replace it (formats that are "
+                         f"read: {', '.join(FORMATS)})") from None
     if size is not None and upright.size != size:
         raise InputError(f"image {path} is {upright.width} x {upright.height}, but the annotations say "
                          f"{size[0]} x {size[1]}: its boxes cannot be trusted")
@@ -385,8 +385,9 @@ def read_annotations(source: Path | dict, limit: int | None = None) -> tuple[Ann
     """Reads and checks a COCO-format file or dict.
 
     Boxes are clipped to their image, and dropped if nothing is left of them. Entries of the same file
-    become one image. A missing area becomes that of the box. Crowd regions (iscrowd = 1) are boxes
-    around groups. They are no training targets, and the metric ignores what is found in them.
+    become one image. An area that is missing or below a pixel becomes that of the box. Crowd regions
+    (iscrowd = 1) are boxes around groups. They are no training targets, and the metric ignores what is
+    found in them.
 
     Args:
         limit: the first N images only.
@@ -453,7 +454,7 @@ def read_annotations(source: Path | dict, limit: int | None = None) -> tuple[Ann
                     continue
                 seen.add((index, category, crowd, *box))
             boxes.extend(box)
-            areas.append(area if is_number(area) and area >= 0 else box[2] * box[3])
+            areas.append(area if is_number(area) and area >= 1 else box[2] * box[3])
             image_of.append(index)
             labels.append(label_of[category])
             crowds.append(int(crowd))
@@ -584,6 +585,16 @@ COCO_HELP = ("download train2017.zip, val2017.zip and annotations_trainval2017.z
              "cocodataset.org), unpack them there, or name another folder with --data-root")
 
 
+def folder_of(data: str, root: str | None, names: tuple[str, ...]) -> Path:
+    """The folder of a set: `root` or data/NAME if it is one of `names`, else `data` itself."""
+    if data in names:
+        return Path(root or f"data/{data}")
+    if root:
+        raise InputError(f"--data-root {root} is for --data {' or '.join(names)}: name your folder by "
+                         f"--data alone")
+    return Path(data)
+
+
 def detection_set(data: str, split: str, root: str | None = None, limit: int | None = None,
                   image_size: int = 800, augment: str = "none", seed: int = 0) -> DetectionSet:
     """The set that `--data` names, see DETECTION_DATA.
@@ -598,10 +609,9 @@ def detection_set(data: str, split: str, root: str | None = None, limit: int | N
     if data in EMBEDDED_SETS:
         pictures, truth = shapes.detection_pictures(data, split, limit)
         return DetectionSet(read_annotations(truth)[0], pictures, **options)
+    folder, suffix = folder_of(data, root, ("coco", "cityscapes")), "2017" if data == "coco" else ""
     if data == "cityscapes":
-        folder = Path(root or "data/cityscapes")
         return coco_format(folder, cityscapes.annotation_file(folder, split), limit, **options)
-    folder, suffix = (Path(root or "data/coco"), "2017") if data == "coco" else (Path(data), "")
     images = folder / (split + suffix)
     annotations = folder / "annotations" / f"instances_{split}{suffix}.json"
     if (folder / "train" / "_annotations.coco.json").exists():  # as Roboflow exports
@@ -742,6 +752,6 @@ def classification_set(data: str, split: str, root: str | None = None, limit: in
     if data in EMBEDDED_SETS:
         pictures, labels = shapes.classification_pictures(data, split, limit)
         return ClassificationSet(pictures, labels, list(shapes.SHAPES), **options)
-    folder = Path(root or f"data/{data}") if data in ("imagenet", "imagenet21k") else Path(data)
+    folder = folder_of(data, root, ("imagenet", "imagenet21k"))
     prefix = "imagenet21k_" if data == "imagenet21k" else ""  # as in its authors' archive
     return image_folder(folder / (prefix + split), limit, **options)

@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -73,17 +73,17 @@ def run_script(main: Callable, **options) -> None:
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
         code, text = 141, None  # what a shell reports for it, and no word
-    except torch.OutOfMemoryError:
-        text = ("error: the GPU's memory is full: give a smaller --micro-batch (the batch stays the "
-                "same, in more parts); in an evaluation, a smaller --batch-size")
     except ValueError as e:
         # deform_attn.py knows no InputError. It names this variable when it cannot obey it.
         if not isinstance(e, InputError) and "FPDETR_DEFORM_ATTN" not in str(e):
             raise
         # An error in a data loading process arrives with that process's traceback in front.
         text = f"error: {str(e).splitlines()[-1].rpartition('InputError: ')[2]}"
-    except RuntimeError as e:
-        if "DataLoader worker" in str(e) and ("killed" in str(e) or "exited" in str(e)):
+    except (RuntimeError, MemoryError) as e:
+        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(e):
+            text = ("error: the memory is full: give a smaller --micro-batch (the batch stays the same, "
+                    "in more parts); in an evaluation, a smaller --batch-size")
+        elif "DataLoader worker" in str(e) and ("killed" in str(e) or "exited" in str(e)):
             text = (f"error: {str(e).splitlines()[0]}: if memory was short, give fewer --workers; "
                     f"--resume goes on from the last checkpoint")
         elif isinstance(e, dist.DistError) or "gloo" in str(e):  # gloo raises plain RuntimeErrors
@@ -93,11 +93,11 @@ def run_script(main: Callable, **options) -> None:
             raise
     except FileNotFoundError as e:
         text = f"error: {e.filename} is missing"
-    except OSError as e:  # while writing a log or a picture
+    except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise
-        text = (f"error: cannot write {e.filename or 'a file of the run'} ({e.strerror}); after making "
-                f"room, --resume goes on")
+        text = (f"error: cannot read or write {e.filename or 'a file of the run'} ({e.strerror}); a "
+                f"training run goes on with --resume")
     except KeyboardInterrupt:
         code, text = 130, "interrupted; a training run goes on with --resume"
     finally:
@@ -177,7 +177,8 @@ def add_training_flags(parser: argparse.ArgumentParser, variants: dict) -> argpa
     machine.add_argument("--out", help="folder of this run (default: runs/STAGE-VARIANT-DATA)")
     machine.add_argument("--resume", action="store_true",
                          help="go on exactly from the folder's last.pt, or start if there is none yet")
-    machine.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    machine.add_argument("--overwrite", action="store_true",
+                         help="replace the run in the folder, unless --resume is given")
     add_device_flags(parser, machine)
     return machine
 
@@ -218,6 +219,8 @@ def setup(args: argparse.Namespace) -> torch.device:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         try:  # gloo serves tensors on the CPU, so that exchanging a flag does not wait for the GPU
             local_rank = int(os.environ["LOCAL_RANK"])
+            if os.environ.get("RANK") == "0":
+                note(f"waiting for all {os.environ['WORLD_SIZE']} processes (WORLD_SIZE)")
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         except (KeyError, ValueError) as e:
             raise InputError(f"WORLD_SIZE is set, but the variables of torchrun are wrong "
@@ -406,7 +409,7 @@ def not_finite(train: Dataset, sampler: BatchSampler, step: int) -> InputError:
     names = list(dict.fromkeys(map(train.name_of, batch)))  # with repeated augmentation, each once
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return InputError(f"the gradient of step {step + 1} is not finite, at the images {shown}; no weight "
-                      f"was changed and the last checkpoint stays: try a lower --lr")
+                      f"was changed and the last checkpoint stays: start a new run with a lower --lr")
 
 
 def mean_over_steps(steps: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -586,17 +589,22 @@ class Run:
         elif args.resume and any((self.folder / name).exists() for name in ("best.pt", "metrics.json")):
             raise InputError(f"{self.last} is missing from a run that has results: move it back, or "
                              f"name another --out")
-        elif self.arguments.exists() and not (args.resume or args.overwrite):
+        elif self.holds_a_run() and not (args.resume or args.overwrite):
             raise InputError(f"{self.folder} already holds a run: --resume goes on with it, --overwrite "
                              f"replaces it, --out names another folder")
         self.started = self.saved_at = time.time()
         self.stopped_by, self.waiting = None, False
+
+    def holds_a_run(self) -> bool:
+        return any((self.folder / name).exists() for name in ("args.json", "last.pt", "best.pt"))
 
     def on_signal(self, number: int, _) -> None:
         """Clusters send SIGTERM before they take a machine back, and Ctrl-C sends SIGINT. A step is
         finished first. A second Ctrl-C does not wait."""
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            with suppress(RuntimeError, OSError):  # it may come in the middle of another message
+                note("this step is finished and saved; a second Ctrl-C stops at once, without saving")
         self.stopped_by = self.stopped_by or signal.Signals(number).name
         if self.waiting:
             raise Terminated
@@ -641,7 +649,7 @@ class Run:
     def make_folder(self, args: argparse.Namespace) -> None:
         """Removes an older run if --overwrite says so, makes the folder and locks it."""
         try:
-            if self.arguments.exists() and args.overwrite and not args.resume:
+            if self.holds_a_run() and args.overwrite and not args.resume:
                 self.remove(args)
             self.folder.mkdir(parents=True, exist_ok=True)
             mode = "r+" if self.arguments.exists() and args.resume else "x"
@@ -662,13 +670,17 @@ class Run:
             self.log(resumed=True, epoch=self.state["epoch"], step=self.state["step"])
 
     def remove(self, args: argparse.Namespace) -> None:
-        """Removes the folder for --overwrite, unless another run is in it, or the data, which are read
-        later. (A checkpoint to start from has been read.)"""
+        """Removes the folder for --overwrite, unless another run is in it or below it, or the data,
+        which are read later. (A checkpoint to start from has been read.)"""
+        below = [path.parent for path in self.folder.glob("**/args.json") if path != self.arguments]
+        if below:
+            raise InputError(f"--overwrite would remove {self.folder} and in it the run {below[0]}: name "
+                             f"another --out")
         for path in (".", args.data, args.data_root or f"data/{args.data}"):
             if Path(path).resolve().is_relative_to(self.folder.resolve()):
                 raise InputError(f"--overwrite would remove {self.folder} and in it {path}, which this "
                                  f"run needs: name another --out")
-        open_locked(self.arguments, "r+").close()  # an open file cannot be removed on Windows
+        open_locked(self.arguments, "a").close()  # an open file cannot be removed on Windows
         folder = self.folder.resolve()  # not a link to it
         shutil.rmtree(folder)
         folder.mkdir()
@@ -679,8 +691,8 @@ class Run:
         counters: as in `load`."""
         weights = model.state_dict()
         if not torch.stack([w.isfinite().all() for w in weights.values()]).all():
-            raise InputError(f"the weights are not finite after step {counters['step']}: try a lower "
-                             f"--lr; the last checkpoint is untouched")
+            raise InputError(f"the weights are not finite after step {counters['step']}: start a new run "
+                             f"with a lower --lr; the last checkpoint is untouched")
         save_checkpoint(self.last, {**description, "model": weights, "optimizer": optimizer.state_dict(),
                                     "seconds": time.time() - self.started, **counters})
         self.saved_at = time.time()
@@ -740,7 +752,8 @@ def read_log(path: Path) -> list[dict]:
     """The entries of a log.jsonl. Entries that a resumed run wrote again replace the older ones. A last
     line that a kill has cut off is left out."""
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:

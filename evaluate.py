@@ -101,7 +101,12 @@ def best_boxes(outputs: dict, sizes: list[tuple[int, int]], top: int = 100) -> l
     Returns:
         {"scores": (n,) falling, "labels": (n,) int64, "boxes": (n, 4) xyxy in pixels, clipped to the
         image, "queries": (n,) int64, the query of each} per image.
+    Raises:
+        InputError: an output is not finite. (The metric would take such boxes for right ones.)
     """
+    if not all(outputs[k].isfinite().all() for k in ("pred_logits", "pred_boxes")):
+        raise InputError("the outputs of the model are not finite, so it has diverged: train it again "
+                         "with a lower --lr")
     K = outputs["pred_logits"].shape[-1]
     scores = outputs["pred_logits"].sigmoid().flatten(1)  # (B, Q K)
     scores, index = scores.topk(min(top, scores.shape[1]))
@@ -259,12 +264,14 @@ def report_corruptions(state: dict, paper: str | None, args: argparse.Namespace)
 def draw_files(model: torch.nn.Module, classes: list[str], args: argparse.Namespace) -> None:
     """--images: prints the detections on each picture and writes them as a picture and as JSON; with
     --attention draws where the best ones looked, too."""
-    images = {Path(p).stem: read_image(p) for p in args.images}  # all are read before any is written
-    if len(images) < len(args.images):
+    if len({Path(p).stem for p in args.images}) < len(args.images):
         raise InputError("two of the --images have the same name, and so would their pictures: draw "
                          "them one by one")
+    for p in args.images:
+        read_image(p)  # finds a broken one before anything is written
     make_folder(args.out)
-    for name, image in images.items():
+    for p in args.images:
+        name, image = Path(p).stem, read_image(p)
         found = detect_image(model, image, args.image_size, args.amp)
         path = args.out / f"{name}-detections.png"
         pictures.draw_detections(image, found, classes, args.threshold).save(path)
@@ -454,6 +461,8 @@ def read_results(path: str, dataset: DetectionSet) -> list[dict]:
         if not good:
             raise InputError(f"results {path}: entry {i} is no detection on {dataset.name}, which needs "
                              f"an image_id and a category_id of it, a bbox [x, y, w, h] and a score")
+    # A caption or keypoints would make pycocotools compute something else.
+    results = [{k: entry[k] for k in ("image_id", "category_id", "bbox", "score")} for entry in results]
     without = len(set(sizes) - {entry["image_id"] for entry in results})
     if without:
         engine.note(f"results {path}: {without:,} of {len(sizes):,} images have no detection")
@@ -518,7 +527,7 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
         raise InputError(f"{args.out} holds a training run: name another --out")
     device = engine.setup(args)
     model, checkpoint = load_detector(args.checkpoint, detector) if args.checkpoint else (None, {})
-    trained = checkpoint.get("args", {})
+    trained = checkpoint.get("args") or {}
     args.image_size = args.image_size or trained.get("image_size", 800)
     if args.images:
         model = model or load_hugging_face(args.model[3:])

@@ -11,6 +11,7 @@ most of the rest from Deformable DETR, too.
 import argparse
 import itertools
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -152,7 +153,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog="The defaults are the paper's, or as marked. With --data cityscapes they are instead: "
         "--batch-size 8, and --lr 2e-4 for lite. With --data shapes or shapes-hard: "
         f"{engine.as_flags(SHAPES_RECIPE)}")
-    parser.add_argument("--data", default="shapes", help=DETECTION_DATA)
+    parser.add_argument("--data", type=os.path.normpath, default="shapes", help=DETECTION_DATA)
     parser.add_argument("--pretrained",
                         help="checkpoint to start from: of either stage, or the authors'")
     parser.add_argument("--epochs", type=engine.positive, default=50,
@@ -375,7 +376,7 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
                     log = engine.read_log(run.folder / "log.jsonl")
                     pictures.draw_curves(log, ("AP", "AP50"), run.folder / "curves.png")
                     bar.write(f"epoch {epoch + 1}: {engine.in_percent(scores)}")
-                if scores["AP"] > best:
+                if scores["AP"] > best or scores["AP"] < 0:  # below 0: without objects, the last is kept
                     best = scores["AP"]
                     content = {**description, "model": model.state_dict(), "scores": scores,
                                "epoch": epoch + 1, "step": step}

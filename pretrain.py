@@ -15,6 +15,7 @@ CutMix, RandAugment and Cutout are in extras/augment.py.
 import argparse
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -133,7 +134,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog=f"The defaults are the paper's for ImageNet-1k, or DeiT's. With --data imagenet21k they "
         f"are instead: {engine.as_flags(RECIPE_21K)}. With --data shapes or shapes-hard: "
         f"{engine.as_flags(SHAPES_RECIPE)}")
-    parser.add_argument("--data", default="shapes", help=CLASSIFICATION_DATA)
+    parser.add_argument("--data", type=os.path.normpath, default="shapes", help=CLASSIFICATION_DATA)
     parser.add_argument("--init",
                         help="checkpoint of pretrain.py to start from (A.3: that of ImageNet-1k)")
     parser.add_argument("--epochs", type=engine.positive, default=300,

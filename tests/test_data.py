@@ -355,6 +355,9 @@ def test_a_perfect_model_reaches_ap_1_although_boxes_stick_out(folder):
              for r in dataset.records for (x0, y0, x1, y1), k in zip(r.boxes.tolist(), r.labels)]
     assert coco_metrics(dataset.ground_truth, found)["AP"] == pytest.approx(1)
     assert dataset.ground_truth["annotations"][0]["area"] == 9  # as annotated, if it is smaller than the box
+    for area in (0, 0.4):  # of a box of 30 x 40 pixels, as some programs write it
+        content["annotations"][0].update(bbox=[1, 2, 30, 40], area=area)
+        assert coco_format(folder / "val", content, name="x").ground_truth["annotations"][0]["area"] == 1200
     for box, area in (([-50, 0, 60, 48], 480), ([40, 0, 60, 48], 1152), ([0, -8, 9, 9], 9),
                       ([0, 40, 9, 9], 72)):
         content["annotations"][0] = {"image_id": 7, "category_id": 3, "bbox": box}

@@ -199,8 +199,10 @@ def test_faults_of_the_program_keep_their_traceback(monkeypatch):
     for error in (ValueError("x"), RuntimeError("x"), KeyError("x")):
         with pytest.raises(type(error)):
             engine.run_script(main, error=error)
-    with pytest.raises(SystemExit):
-        engine.run_script(main, error=ValueError("FPDETR_DEFORM_ATTN=cpu: no compiler"))
+    for error in (ValueError("FPDETR_DEFORM_ATTN=cpu: no compiler"), MemoryError(),
+                  torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        with pytest.raises(SystemExit):
+            engine.run_script(main, error=error)
 
 
 # ------------------------------------------------------------------------------------ the surroundings
@@ -294,5 +296,5 @@ def test_a_log_is_only_added_to_and_resumed_entries_replace_older_ones(tmp_path)
              {"epoch": 2, "step": 20, "loss": 3}, {"epoch": 2, "step": 20, "AP": 0.2},
              {"resumed": True, "epoch": 1, "step": 20}, {"epoch": 2, "step": 20, "AP": 0.3}]
     text = "\n".join(map(json.dumps, lines)) + '\n{"epoch": 3, "st'
-    (tmp_path / "log.jsonl").write_text(text)
+    (tmp_path / "log.jsonl").write_bytes(b"\xff\0\n" + text.encode())  # and a damaged line
     assert engine.read_log(tmp_path / "log.jsonl") == [lines[i] for i in (0, 1, 4, 7)]

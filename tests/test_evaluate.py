@@ -55,6 +55,14 @@ def test_one_box_by_hand():
 
 # ------------------------------------------------------------------------------------------------ boxes
 
+@pytest.mark.parametrize("broken", ["pred_logits", "pred_boxes"])
+def test_a_model_that_has_diverged_is_not_evaluated(broken):
+    outputs = {"pred_logits": torch.zeros(1, 2, 3), "pred_boxes": torch.full((1, 2, 4), 0.5)}
+    outputs[broken][0, 1, 2] = float("nan")
+    with pytest.raises(InputError, match="not finite"):
+        best_boxes(outputs, [(64, 64)])
+
+
 def test_best_boxes_are_the_best_of_query_times_class():
     logits = torch.full((1, 3, 4), -5.0)
     logits[0, 2, 1], logits[0, 2, 3], logits[0, 0, 0] = 2.0, 1.0, 3.0

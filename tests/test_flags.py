@@ -129,6 +129,8 @@ def test_flags_that_name_places(tmp_path, monkeypatch):
         data = ["--data", "coco" if program != "pretrain.py" else "imagenet", "--data-root", "elsewhere"]
         target = ["--predictions", "x.json"] if program == "evaluate.py" else []
         refused(tmp_path, program, *target, *data, says="elsewhere")
+        data[1] = "mine"
+        refused(tmp_path, program, *target, *data, says="--data-root elsewhere is for --data ")
         if not torch.cuda.is_available():
             refused(tmp_path, program, *target, "--device", "cuda", says="torch sees no GPU")
 

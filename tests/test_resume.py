@@ -124,6 +124,7 @@ def test_a_signal_to_all_processes_saves(stage, sent, code, tmp_path):
     assert step >= json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] > 0
     assert (f"stopped by {sent.name} after step {step}; the same command with --resume goes on from "
             f"{out / 'last.pt'}") in said
+    assert ("a second Ctrl-C stops at once" in said) == (sent == signal.SIGINT)
 
 
 def endless(stage: str, split: str) -> None:
