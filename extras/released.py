@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import InputError, load_checkpoint, note, one_line
-from model import VARIANTS, Classifier, Config, Detector, TaskAdaptor, build_adaptor
+from model import Classifier, Config, Detector, TaskAdaptor, build_adaptor
 
 
 class ReleasedTokenizer(nn.Module):
@@ -139,28 +139,19 @@ def our_name(key: str) -> str | None:
     return None
 
 
-def four_levels(tensor: Tensor, num_heads: int, points: int) -> Tensor:
-    """Drops the fifth level from a sampling_offsets or attention_weights
-    tensor. Their layers 7-12 mask it."""
-    per_point = tensor.shape[0] // (num_heads * 5 * points)  # 2 for offsets, 1 for weights
-    parts = tensor.view(num_heads, 5, points * per_point, *tensor.shape[1:])
-    return parts[:, :4].flatten(0, 2)
-
-
 def convert_names(theirs: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
-    """Their state dict -> ours. Raises InputError if a key is unknown, or if
-    the six heads that they tie differ."""
-    ours, points = {}, VARIANTS["lite"].points
+    """Their state dict -> ours. InputError if a key is unknown, or if the heads that they tie differ."""
+    ours = {}
     for key, tensor in theirs.items():
-        if key == QUERY_KEY:
-            # (300, 2D), position first
+        if key == QUERY_KEY:  # (300, 2D), position first
             ours["queries.position"], ours["queries.content"] = tensor.chunk(2, dim=1)
             continue
         name = our_name(key)
         if name is None:
             raise InputError(f"not a released FP-DETR checkpoint: its key {key!r} is unknown")
         if ".encoder2." in key and ("sampling_offsets" in key or "attention_weights" in key):
-            tensor = four_levels(tensor, num_heads, points)
+            # (heads x levels x points, ...), offsets x 2. They mask the fifth level.
+            tensor = tensor.unflatten(0, (num_heads, 5, -1))[:, :4].flatten(0, 2)
         if name in ours and not torch.equal(ours[name], tensor):
             raise InputError(f"{key} differs from the same head of another layer; FP-DETR shares its heads")
         ours[name] = tensor
