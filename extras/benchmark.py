@@ -483,25 +483,21 @@ def print_hours() -> None:
     sizes = {variant: VARIANTS[variant] for variant in ("lite", "small", "base")}
     decoder = replace(VARIANTS["lite"], structure="encoder-decoder", adaptor="none")
     decoders = {f"FP-EncDec, class tokens: {n}": replace(decoder, class_tokens=n) for n in (1, 300)}
-    # (height, width), images, and forward passes over each image. A training step counts as three: its
-    # backward pass takes two.
-    imagenet = Classifier, (224, 224), 1_281_167, 3 * 300
-    imagenet_21k = Classifier, (224, 224), 11_060_223, 3 * 80
-    coco = Detector, (800, 1333), 118_287, 3 * 50
-    coco_c = Detector, (800, 1333), 5_000, 1 + 15 * 5  # clean, and 15 corruptions at 5 severities
-    cityscapes = Detector, (667, 1333), 2_975, 5 * 3 * 50  # 1024 x 2048 pixels, resized to at most 1333
     rows = []
-    for name, configs, (model_class, size, images, passes) in (
-            ("ImageNet-1k", sizes | decoders, imagenet),
-            ("ImageNet-21k-P of winter21", sizes, imagenet_21k),
-            ("COCO", sizes | {"FP-EncDec": decoder}, coco),
-            ("COCO-C", sizes, coco_c),
-            ("Cityscapes, five seeds", sizes, cityscapes)):
+    # (height, width), images, and forward passes over each image. A training step counts as three: its
+    # backward pass takes two. COCO-C is clean images, and 15 corruptions at 5 severities. Images of
+    # Cityscapes have 1024 x 2048 pixels and are resized to at most 1333.
+    for name, configs, model_class, size, images, passes in (
+            ("ImageNet-1k", sizes | decoders, Classifier, (224, 224), 1_281_167, 3 * 300),
+            ("ImageNet-21k-P of winter21", sizes, Classifier, (224, 224), 11_060_223, 3 * 80),
+            ("COCO", sizes | {"FP-EncDec": decoder}, Detector, (800, 1333), 118_287, 3 * 50),
+            ("COCO-C", sizes, Detector, (800, 1333), 5_000, 1 + 15 * 5),
+            ("Cityscapes, five seeds", sizes, Detector, (667, 1333), 2_975, 5 * 3 * 50)):
         for variant, config in configs.items():
             flops = forward_flops(model_class, config, size)
             hours = flops * images * passes / (A100_FLOPS * UTILISATION) / 3600
-            rows.append((f"{name}, {variant}", (f"{size[0]} x {size[1]}", f"{flops / 1e9:.1f}",
-                                                f"{images:,}", passes, hours)))
+            rows.append((f"{name}, {variant}", (f"{size[0]} x {size[1]}", flops / 1e9, f"{images:,}",
+                                                passes, hours)))
     print(f"A100 hours = FLOP x images x passes / {UTILISATION:.0%} of {A100_FLOPS / 1e12:.0f} TFLOP/s")
     print(markdown("experiment", ("pixels", "GFLOP of a pass", "images", "passes", "A100 hours"), rows))
     print("An epoch of training counts as three passes. Evaluations and loading are not counted.")
