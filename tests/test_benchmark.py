@@ -10,8 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import deform_attn
-import engine
-from conftest import deform_attn_inputs
+from conftest import deform_attn_inputs, refused
 from deform_attn import ms_deform_attn_reference
 from extras import benchmark
 from model import VARIANTS, Classifier, Detector
@@ -164,12 +163,9 @@ def test_the_common_formulation_computes_the_same():
     (["finetune", "--data", "nowhere"], "nowhere is missing"),
     (["finetune", *FLAGS, "--structure", "encoder-decoder", "--adaptor", "bilstm"], "adaptor bilstm"),
     (["pretrain", *FLAGS, "--tree", "no.json"], "no.json is missing")])
-def test_bad_input_ends_in_one_line(monkeypatch, capsys, arguments, says):
+def test_bad_input_ends_in_one_line(monkeypatch, tmp_path, arguments, says):
     monkeypatch.setenv("FPDETR_DEFORM_ATTN", "reference")
-    with pytest.raises(SystemExit) as stop:
-        engine.run_script(benchmark.main, arguments=arguments)
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and "error: " in last and says in last
+    refused(tmp_path, "extras.benchmark", *arguments, says=says)
 
 
 LOOPS = """
@@ -228,13 +224,12 @@ def test_a_kernel_that_fails_a_check_is_named(monkeypatch, capsys):
                       for dtype in ("float32", "bfloat16")]
 
 
-def test_a_machine_without_nvrtc_is_told_what_to_install(monkeypatch, capsys):
+def test_a_machine_without_nvrtc_is_told_what_to_install(monkeypatch, tmp_path):
     def no_library():
         raise OSError("libnvrtc.so: cannot open shared object file")
     monkeypatch.setattr(deform_attn, "nvrtc_library", no_library)
-    with pytest.raises(SystemExit):
-        engine.run_script(benchmark.main, arguments=["kernel"])
-    assert "pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisasm" in capsys.readouterr().err
+    says = "pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisasm"
+    refused(tmp_path, "extras.benchmark", "kernel", says=says)
 
 
 def test_one_command_for_a_gpu_runs_to_its_end_on_a_cpu(tmp_path, monkeypatch, capsys):
@@ -276,11 +271,9 @@ def test_the_other_parts_run_when_one_fails(tmp_path, monkeypatch, capsys):
     assert "failed: RuntimeError: CUDA error: no luck" in capsys.readouterr().out
 
 
-def test_without_a_gpu_only_quick_is_accepted(monkeypatch, capsys):
+def test_without_a_gpu_only_quick_is_accepted(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        engine.run_script(benchmark.main, arguments=["--gpu"])
-    assert "torch sees no GPU: give --quick" in capsys.readouterr().err
+    refused(tmp_path, "extras.benchmark", "--gpu", says="torch sees no GPU: give --quick")
 
 
 @pytest.mark.parametrize("capability, loads, atomics", [

@@ -2,15 +2,14 @@
 import json
 import os
 import shutil
-import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
+from conftest import call
 
 from data import detection_set
 from engine import InputError
-from extras import cityscapes
 from extras.cityscapes import CLASSES, annotation_file, cityscapes_to_coco, convert
 
 W, H = 64, 32
@@ -162,7 +161,7 @@ def test_random_scenes_are_what_a_slow_painter_sees(write):
 
 # ---------------------------------------------------------------------------------- the converted file
 
-def test_a_split_is_converted_once_and_by_the_command_anew(write, monkeypatch, capsys):
+def test_a_split_is_converted_once_and_by_the_command_anew(write, capsys):
     write([entry("car", rect(1, 2, 9, 8)), entry("cargroup", rect(20, 2, 29, 8))])
     write([], name="aachen_2")
     root = write([entry("bus", rect(1, 2, 9, 8))], split="val")
@@ -176,8 +175,7 @@ def test_a_split_is_converted_once_and_by_the_command_anew(write, monkeypatch, c
     os.utime(val, (1, 1))
     annotation_file(root, "val")
     assert "instances_val.json is older than some of its polygons" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["extras/cityscapes.py", str(root)])
-    cityscapes.main()
+    call(root, "extras.cityscapes", root)
     assert capsys.readouterr().out.splitlines() == [
         f"{val.with_name('instances_train.json')}: 2 images, 1 objects, 1 crowds",
         f"{val}: 1 images, 1 objects, 0 crowds"]

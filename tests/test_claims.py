@@ -72,8 +72,8 @@ def run(project, monkeypatch):
     def main(*flags):
         monkeypatch.setattr("sys.argv", ["claims.py", *flags])
         claims.main()
-        page = next((project / "runs").glob("claims-*/report.md")).read_text(encoding="utf-8")
-        return page, (project / "calls.txt").read_text().splitlines()
+        pages = sorted((project / "runs").glob("claims-*/report.md"), key=lambda path: path.stat().st_mtime)
+        return pages[-1].read_text(encoding="utf-8"), (project / "calls.txt").read_text().splitlines()
     return main
 
 
@@ -123,16 +123,10 @@ def test_lines_of_other_code_or_flags_do_not_count(run, project, monkeypatch):
     assert calls[19:] == ["no adaptor-0"]  # its flags are others now
     code = claims.digest_of_code()
     (project / "model.py").write_text("x = 2\n", encoding="utf-8")
-    with open(project / "docs" / "claims.jsonl", encoding="utf-8") as f:
-        assert len(f.readlines()) == 20
-    monkeypatch.setattr("sys.argv", ["claims.py", "--seeds", "0"])
-    claims.main()
-    page = (project / "runs" / f"claims-{claims.digest_of_code()}" / "report.md").read_text()
-    assert "C1" not in page  # nothing has been run with this code
+    assert len((project / "docs" / "claims.jsonl").read_text().splitlines()) == 20
+    assert "C1" not in run("--seeds", "0")[0]  # nothing has been run with this code
     monkeypatch.setattr(claims, "SAME_CODE", {claims.digest_of_code(): {code}})
-    claims.main()
-    page = (project / "runs" / f"claims-{claims.digest_of_code()}" / "report.md").read_text()
-    assert "C1" in page  # unless it is known to train to the same weights
+    assert "C1" in run("--seeds", "0")[0]  # unless it is known to train to the same weights
 
 
 def test_on_another_machine_a_checkpoint_is_made_again_but_not_its_line(run, project):

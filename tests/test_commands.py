@@ -397,20 +397,30 @@ def test_pretraining_on_a_folder_with_the_semantic_softmax(tmp_path, capsys):
 
 # -------------------------------------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize("program, flags, says", [
-    ("finetune.py", ["--variant", "lite", "--data", "coco"], "train2017.zip"),
-    ("finetune.py", ["--data", "nowhere"], "nowhere is missing"),
-    ("finetune.py", [*SHORT, "--pretrained", "gone.pt"], "gone.pt is missing"),
-    ("finetune.py", ["--queries", "0"], "0 is not 1 or more"),
-    ("finetune.py", ["--variant", "huge"], "invalid choice"),
-    ("finetune.py", ["--lr", "nan"], "nan is not 0 or more"),
-    ("pretrain.py", ["--data", "imagenet"], "imagenet/train is missing"),
-    ("pretrain.py", ["--data", "imagenet21k"], "needs --tree"),
-    ("pretrain.py", ["--tree", "x.json", "--mixup", "1"], "one label per image"),
-    ("pretrain.py", ["--tree", "x.json", "--cutmix", "1"], "one label per image"),
-    ("evaluate.py", ["gone.pt", "--data", "shapes"], "gone.pt is missing")])
-def test_missing_files_and_impossible_flags(program, flags, says, tmp_path):
-    refused(tmp_path, program, *flags, says=says)
+@pytest.mark.parametrize("command, says", [
+    ("finetune.py --variant lite --data coco", "train2017.zip"),
+    ("finetune.py --data nowhere", "nowhere is missing"),
+    ("finetune.py --limit-train 8 --limit-val 2 --pretrained gone.pt", "gone.pt is missing"),
+    ("finetune.py --queries 0", "0 is not 1 or more"),
+    ("finetune.py --variant huge", "invalid choice"),
+    ("finetune.py --lr nan", "nan is not 0 or more"),
+    ("finetune.py --eval 1", "unrecognized arguments: --eval"),  # flags are not abbreviated
+    ("pretrain.py --aug none", "unrecognized arguments: --aug"),
+    ("pretrain.py --data imagenet", "imagenet/train is missing"),
+    ("pretrain.py --data imagenet21k", "needs --tree"),
+    ("pretrain.py --tree x.json --mixup 1", "one label per image"),
+    ("pretrain.py --tree x.json --cutmix 1", "one label per image"),
+    ("evaluate.py", "give one checkpoint"),
+    ("evaluate.py a.pt b.pt", "only one of"),
+    ("evaluate.py gone.pt --data shapes", "gone.pt is missing"),
+    ("evaluate.py a.pt --thr 1", "unrecognized arguments: --thr"),
+    ("evaluate.py a.pt --attention 2", "needs a checkpoint of FP-DETR and --images"),
+    ("evaluate.py a.pt --corruptions rain", "invalid choice"),
+    ("evaluate.py --model detr", "must begin with hf:"),
+    ("evaluate.py --predictions x.json --images a.png", "need a detector"),
+    ("evaluate.py --table 6", "invalid choice")])
+def test_missing_files_and_impossible_flags(command, says, tmp_path):
+    refused(tmp_path, *command.split(), says=says)
 
 
 def test_what_does_not_fit_a_trained_detector(trained):

@@ -1,14 +1,14 @@
 """Each corruption against images of the authors' package and against its definition; the command."""
 import colorsys
 import math
-import sys
 
 import numpy as np
 import pytest
+from conftest import call, refused
 from PIL import Image
 from scipy import ndimage
 
-from engine import InputError, run_script
+from engine import InputError
 from extras import corruptions
 from extras.corruptions import CORRUPTIONS, FROST_FILES, NAMES, corrupt, corrupt_seeded
 
@@ -327,14 +327,9 @@ def test_severity_and_corruption_change_the_draws():
 
 # ------------------------------------------------------------------------------------------ the command
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["extras/corruptions.py", *map(str, arguments)])
-    run_script(corruptions.main)
-
-
-def test_sheet_of_all_corruptions(tmp_path, monkeypatch):
+def test_sheet_of_all_corruptions(tmp_path):
     Image.fromarray(picture(60, 64)).save(tmp_path / "in.png")
-    run(monkeypatch, tmp_path / "out.png", tmp_path / "in.png")
+    call(tmp_path, "extras.corruptions", "out.png", "in.png")
     sheet = np.asarray(Image.open(tmp_path / "out.png"))
     assert sheet.shape == (5 * 68, 9 * 72, 3)  # three corruptions in a row at three severities
     for row, column, name, severity in ((0, 1, NAMES[0], 3), (2, 3, "snow", 1), (4, 8, NAMES[-1], 5)):
@@ -343,20 +338,16 @@ def test_sheet_of_all_corruptions(tmp_path, monkeypatch):
         assert np.array_equal(cell[40:], expected[40:])  # below its title
 
 
-def test_sheet_of_generated_shapes(tmp_path, monkeypatch):
-    run(monkeypatch, tmp_path / "out.png")
+def test_sheet_of_generated_shapes(tmp_path):
+    call(tmp_path, "extras.corruptions", "out.png")
     assert Image.open(tmp_path / "out.png").size == (9 * 288, 5 * 288)
 
 
 @pytest.mark.parametrize("arguments, says", [
     (["no/out.png", "in.png"], "cannot write no/out.png"), (["out.png", "missing.png"], "missing.png"),
     (["out.png", "text.png"], "text.png"), (["out.png", "narrow.png"], "32 pixels")])
-def test_bad_files_end_in_one_line(arguments, says, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Image.fromarray(picture(40, 64)).save("in.png")
-    Image.new("RGB", (900, 40)).save("narrow.png")
+def test_bad_files_end_in_one_line(arguments, says, tmp_path):
+    Image.fromarray(picture(40, 64)).save(tmp_path / "in.png")
+    Image.new("RGB", (900, 40)).save(tmp_path / "narrow.png")
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, *arguments)
-    error = capsys.readouterr().err
-    assert caught.value.code == 2 and says in error and error.count("\n") == 1
+    refused(tmp_path, "extras.corruptions", *arguments, says=says)

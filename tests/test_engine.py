@@ -275,11 +275,6 @@ def test_output_to_a_reader_that_has_gone_ends_quietly():
     assert process.wait(60) == 141 and process.stderr.read() == b""
 
 
-def test_flags_are_not_abbreviated(tmp_path):
-    for program, flag in (("finetune.py", "--eval"), ("pretrain.py", "--aug"), ("evaluate.py", "--thr")):
-        refused(tmp_path, program, flag, "1", says=f"unrecognized arguments: {flag}")
-
-
 def test_bf16_is_the_default_only_where_the_gpu_has_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for has, expected in ((True, "bf16"), (False, "off")):

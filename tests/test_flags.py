@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import refused, save_model, shaken
+from conftest import call, refused, save_model, shaken
 from small import record, run
 
 import engine
@@ -187,7 +187,7 @@ def files_of(folder: Path) -> dict[str, list[bytes]]:
     return {stem: [path.read_bytes() for path in sorted(folder.glob(f"{stem}.*"))] for stem in stems}
 
 
-def test_each_flag_of_evaluate_changes_what_it_should(tmp_path, monkeypatch):
+def test_each_flag_of_evaluate_changes_what_it_should(tmp_path):
     torch.manual_seed(0)
     model = shaken(Detector(replace(VARIANTS["tiny"], queries=10), 8))
     save_model(tmp_path / "last.pt", model, SHAPES, data="shapes", image_size=64)
@@ -197,9 +197,8 @@ def test_each_flag_of_evaluate_changes_what_it_should(tmp_path, monkeypatch):
     def files(flags):
         if flags not in seen:
             out = tmp_path / str(len(seen))
-            usual = f"evaluate.py {tmp_path}/last.pt --limit-val 3 --workers 0 --device cpu --out {out} "
-            monkeypatch.setattr(sys, "argv", (usual + flags.format(image=tmp_path / "a.png")).split())
-            evaluate.main()
+            usual = f"last.pt --limit-val 3 --workers 0 --device cpu --out {out} "
+            call(tmp_path, "evaluate.py", *(usual + flags.format(image="a.png")).split())
             seen[flags] = files_of(out)
         return seen[flags]
     for flags, (others, expected) in EVALUATE.items():
