@@ -404,8 +404,8 @@ def test_pretraining_on_a_folder_with_the_semantic_softmax(tmp_path, capsys):
     ("finetune.py --queries 0", "0 is not 1 or more"),
     ("finetune.py --variant huge", "invalid choice"),
     ("finetune.py --lr nan", "nan is not 0 or more"),
-    ("finetune.py --eval 1", "unrecognized arguments: --eval"),  # flags are not abbreviated
-    ("pretrain.py --aug none", "unrecognized arguments: --aug"),
+    ("finetune.py --eval 0", "unrecognized arguments: --eval"),  # flags are not abbreviated
+    ("pretrain.py --aug x", "unrecognized arguments: --aug"),
     ("pretrain.py --data imagenet", "imagenet/train is missing"),
     ("pretrain.py --data imagenet21k", "needs --tree"),
     ("pretrain.py --tree x.json --mixup 1", "one label per image"),
@@ -413,7 +413,7 @@ def test_pretraining_on_a_folder_with_the_semantic_softmax(tmp_path, capsys):
     ("evaluate.py", "give one checkpoint"),
     ("evaluate.py a.pt b.pt", "only one of"),
     ("evaluate.py gone.pt --data shapes", "gone.pt is missing"),
-    ("evaluate.py a.pt --thr 1", "unrecognized arguments: --thr"),
+    ("evaluate.py a.pt --thr x", "unrecognized arguments: --thr"),
     ("evaluate.py a.pt --attention 2", "needs a checkpoint of FP-DETR and --images"),
     ("evaluate.py a.pt --corruptions rain", "invalid choice"),
     ("evaluate.py --model detr", "must begin with hf:"),
