@@ -65,6 +65,14 @@ def test_geometry_moves_by_the_stated_amounts():
     assert turned == pytest.approx((60.5 * math.cos(angle), -60.5 * math.sin(angle)), abs=0.8)
     moved = np.asarray(augment.OPERATIONS["TranslateX"](PICTURE, 10, 1))
     assert (moved[:, -15:] == (124, 116, 104)).all()  # ImageNet's mean colour
+    moved = np.asarray(augment.OPERATIONS["TranslateY"](PICTURE, 10, 1))  # by 0.45 * 30 = 13.5 pixels
+    assert (moved[-13:] == (124, 116, 104)).all() and not (moved[-15] == (124, 116, 104)).all()
+    assert np.asarray(augment.OPERATIONS["Rotate"](PICTURE, 10, 1))[0, 0].tolist() == [124, 116, 104]
+    step = Image.new("RGB", (64, 64), (100, 100, 100))
+    step.paste((150, 150, 150), (32, 0, 64, 64))
+    for name in ("Rotate", "ShearX"):  # only a bicubic filter goes beyond the values at an edge
+        inside = grey(augment.OPERATIONS[name](step, 3.3, 1))[16:48, 16:48]
+        assert inside.min() < 100 and inside.max() > 150
 
 
 def test_rand_augment_draws_two_of_fifteen_and_skips_half(monkeypatch):
@@ -72,9 +80,14 @@ def test_rand_augment_draws_two_of_fifteen_and_skips_half(monkeypatch):
     spies = {name: lambda image, v, sign, name=name: calls.append((name, v, sign)) or image
              for name in augment.OPERATIONS}
     monkeypatch.setattr(augment, "OPERATIONS", spies)
-    generator, n = rng(0), 4000
+    generator, n, alike, levels_of_two = rng(0), 4000, 0, []
     for _ in range(n):
+        before = len(calls)
         augment.rand_augment(RAMP, generator)
+        if len(calls) == before + 2:
+            alike += calls[-1][0] == calls[-2][0]
+            levels_of_two.append([v for _, v, _ in calls[-2:]])
+    assert alike > 30 and abs(np.corrcoef(np.transpose(levels_of_two))[0, 1]) < 0.1  # of some 1000 pairs
     names, levels, signs = map(np.array, zip(*calls))
     assert len(calls) / n == pytest.approx(1, abs=0.05)  # two draws, each kept with probability 1/2
     counts = np.unique(names, return_counts=True)[1]
@@ -95,6 +108,10 @@ def test_random_resized_crop_has_the_stated_area_and_aspect(monkeypatch):
     assert x0.min() >= 0 and y0.min() >= 0 and x1.max() <= 400 and y1.max() <= 300
     assert 0.075 < area.min() < 0.1 and area.max() > 0.9
     assert 0.745 < aspect.min() and aspect.max() < 1.345 and filters == {Image.Resampling.BICUBIC}
+    assert abs(np.log(aspect[area < 0.4]).mean()) < 0.015  # even in its logarithm; larger ones must fit
+    for low, high, side in ((x0, x1, 400), (y0, y1, 300)):  # and anywhere
+        room = side - (high - low)
+        assert (low[room > 9] / room[room > 9]).mean() == pytest.approx(0.5, abs=0.03)
     monkeypatch.undo()
     # No part of a long strip has a permitted aspect ratio, so the middle of the largest one is taken.
     strip = Image.fromarray(np.arange(400, dtype=np.uint8)[None].repeat(6, 0)).convert("RGB")
@@ -105,7 +122,8 @@ def test_random_resized_crop_has_the_stated_area_and_aspect(monkeypatch):
 def test_centre_crop_rounds_as_torchvision(monkeypatch, size):
     """Its Resize and CenterCrop; the short side is DeiT's."""
     resized, cropped, resize, crop = [], [], Image.Image.resize, Image.Image.crop
-    monkeypatch.setattr(Image.Image, "resize", lambda i, to, *a: resized.append(to) or resize(i, to, *a))
+    monkeypatch.setattr(Image.Image, "resize", lambda i, to, kind: resized.append(to) or resize(
+        i, to, {Image.Resampling.BICUBIC: kind}[kind]))
     monkeypatch.setattr(Image.Image, "crop", lambda i, box: cropped.append(box) or crop(i, box))
     short = {64: 73, 160: 182, 224: 256}[size]
     for w, h in [(500, 375), (375, 500), (333, 500), (640, 427), (300, 300), (97, 61), (20, 999)]:
@@ -118,7 +136,7 @@ def test_centre_crop_rounds_as_torchvision(monkeypatch, size):
 
 
 def test_random_erasing_replaces_one_rectangle_by_noise():
-    areas, aspects = [], []
+    areas, aspects, places = [], [], []
     for seed in range(400):
         pixels = augment.random_erasing(torch.full((3, 60, 80), 7.0), rng(seed))
         y, x = (pixels != 7).any(0).nonzero(as_tuple=True)
@@ -127,20 +145,27 @@ def test_random_erasing_replaces_one_rectangle_by_noise():
             assert len(y) == h * w and 0.28 < h / w < 3.6  # a whole rectangle
             areas.append(h * w / 4800)
             aspects.append(h / w)
+            places.append((int(y.min()) / (60 - h), int(x.min()) / (80 - w)))
             noise = pixels[:, y.min():y.max() + 1, x.min():x.max() + 1]
             assert abs(noise.mean()) < 6 / math.sqrt(noise.numel()) and abs(noise.std() - 1) < 0.3
-    assert len(areas) / 400 == pytest.approx(0.25, abs=0.06) and min(areas) > 0.015 and max(areas) < 0.36
-    assert min(aspects) < 0.4 and max(aspects) > 2.5
+    assert len(areas) / 400 == pytest.approx(0.25, abs=0.06) and max(areas) < 0.36
+    assert 0.015 < min(areas) < 0.03 and max(areas) > 0.31
+    assert min(aspects) < 0.4 and max(aspects) > 2.5 and abs(np.log(aspects).mean()) < 0.2
+    assert np.mean(places, 0) == pytest.approx([0.5, 0.5], abs=0.1)  # anywhere
 
 
 def test_cutout_paints_half_the_side_in_one_colour():
-    holes, plain = [], Image.new("RGB", (64, 64), (1, 2, 3))
+    holes, colours, plain = [], [], Image.new("RGB", (64, 64), (1, 2, 3))
     for seed in range(50):
         got = np.asarray(augment.cutout(plain, rng(seed)))
         painted = (got != (1, 2, 3)).any(-1)
         holes.append(painted.sum())
-        assert len(np.unique(got[painted], axis=0)) == 1
-    assert max(holes) == 32 * 32 and min(holes) >= 16 * 16
+        colours.append(np.unique(got[painted], axis=0))
+    assert np.shape(colours) == (50, 1, 3) and (np.diff(colours) != 0).mean() > 0.9  # one each, no greys
+    assert max(holes) == 32 * 32 and 16 * 16 <= min(holes) < 20 * 20  # around any pixel
+    wide = Image.new("RGB", (64, 32))  # half of each side
+    sides = [(np.asarray(augment.cutout(wide, rng(seed))) != 0).any(-1) for seed in range(50)]
+    assert max(s.any(0).sum() for s in sides) == 32 and max(s.any(1).sum() for s in sides) == 16
     assert (np.asarray(plain) == (1, 2, 3)).all()  # the original stays
 
 

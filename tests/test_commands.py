@@ -17,6 +17,7 @@ import finetune
 from data import detection_set
 from evaluate import detect_image, load_detector
 from extras.corruptions import NAMES
+from extras.pictures import draw_detections
 from extras.shapes import SHAPES
 from model import VARIANTS, Detector
 
@@ -252,6 +253,8 @@ def test_scores_say_what_they_are_of_and_detections_are_printed(trained, tmp_pat
     assert objects[0]["class"] == best["class"] and best["class"] in printed[1]
     assert objects[0]["score"] == pytest.approx(best["score"], abs=1e-4)
     assert objects[0]["box"] == pytest.approx(best["box"], abs=0.06)
+    drawn = draw_detections(Image.open(tmp_path / "a.png"), found, checkpoint["classes"], 0.02)
+    assert drawn.tobytes() == Image.open(tmp_path / "out" / "a-detections.png").tobytes()
 
 
 def test_detection_from_python_as_the_readme_shows_it(trained, tmp_path, monkeypatch, capsys):

@@ -1,9 +1,10 @@
 """The metric against published numbers, boxes against cases made by hand, and whole evaluations: COCO-C
 interrupted and resumed, Figure 3, pictures, other files than checkpoints."""
 import json
-import sys
+import re
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ import evaluate
 from data import detection_set
 from engine import InputError
 from evaluate import best_boxes, coco_metrics, detect, load_detector
-from extras.corruptions import corrupt_seeded
+from extras import pictures
+from extras.corruptions import FROST_FILES, corrupt_seeded
 from extras.released import released_layout
 from extras.shapes import SHAPES
 from extras.tables import METRICS
@@ -79,6 +81,8 @@ def test_best_boxes_are_the_best_of_query_times_class():
         scale = torch.tensor([w / 200, h / 100, w / 200, h / 100])
         torch.testing.assert_close(found["boxes"], expected * scale)
     assert len(best_boxes(outputs, sizes)[0]["scores"]) == 3 * 4  # of the 100 asked for
+    outputs = {k: v.repeat(1, 20, 1) for k, v in outputs.items()}
+    assert len(best_boxes(outputs, sizes)[0]["scores"]) == 100  # of 60 x 4
 
 
 def test_golden_detections(shared):
@@ -105,8 +109,8 @@ def checkpoint(tmp_path_factory):
     return save_model(path, model, SHAPES, data="shapes", image_size=64)
 
 
-def run(folder, *command):
-    call(folder, "evaluate.py", *command, *"--workers 0 --device cpu".split())
+def run(folder, *command, **options):
+    call(folder, "evaluate.py", *command, *"--workers 0 --device cpu".split(), **options)
 
 
 def test_detection_switches_dropout_off_and_training_on_again():
@@ -163,20 +167,39 @@ def test_interrupted_corruption_passes_go_on(checkpoint, tmp_path, monkeypatch):
 
 
 def test_figure_has_a_row_per_image_and_a_column_per_corruption(checkpoint, tmp_path):
-    run(tmp_path, checkpoint, "--limit-val", 2, "--figure", 2, "--threshold", 2,
-        "--corruptions", "contrast", "snow", "--out", ".")
-    sheet = Image.open(tmp_path / "figure.png")
-    assert sheet.size == (3 * 400, 40 + 2 * 400)
-    clean, dull = (np.asarray(sheet.crop((x, 44, x + 390, 434))).std((0, 1)) for x in (4, 404))
-    assert dull / clean == pytest.approx([0.2] * 3, abs=0.02)  # contrast at severity 3
+    model, _ = load_detector(checkpoint)
+    for threshold in (2, 0.01):
+        run(tmp_path, checkpoint, "--limit-val", 2, "--figure", 2, "--threshold", threshold,
+            "--corruptions", "contrast", "snow", "--out", ".")
+        sheet, cells = Image.open(tmp_path / "figure.png"), []
+        for record in detection_set("shapes", "val", limit=2).records:
+            for name in (None, "contrast", "snow"):
+                image = corrupt_seeded(record.image(), record.id, name, 3) if name else record.image()
+                found = evaluate.detect_image(model, image, image_size=64)
+                cells.append(pictures.draw_detections(image, found, list(SHAPES), threshold, 16))
+        expected = pictures.sheet_of(cells, 3, titles=["clean", "contrast 3", "snow 3"])
+        assert np.array_equal(sheet, expected) and sheet.size == (3 * 400, 40 + 2 * 400)
 
 
 # -------------------------------------------------------------------------------------------- bad input
 
 
-def test_missing_frost_photographs_are_found_before_the_first_pass(checkpoint, tmp_path):
+def test_missing_frost_photographs_are_found_before_the_first_pass(checkpoint, tmp_path, monkeypatch):
     refused(tmp_path, "evaluate.py", checkpoint, "--limit-val", 2, "--corruptions", "frost",
             "--frost-dir", ".", "--out", "out", says="frost1.png")
+
+
+    for name in FROST_FILES:
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    seen, command = [], [checkpoint, "--limit-val", 2, "--corruptions", "frost", "--severities", 2,
+                         "--seed", 5, "--out", "out"]
+    spy = lambda image, _, **options: seen.append(options) or image
+    monkeypatch.setattr(evaluate, "corrupted_picture", spy)
+    for flags in ([], ["--figure", 1]):
+        run(tmp_path, *command, "--frost-dir", ".", *flags)
+    expected = dict(name="frost", severity=2, seed=5, frost_dir=Path("."))
+    assert [options for options in seen if "seed" in options] == 3 * [expected]  # 2 images, and the figure
+    refused(tmp_path, "evaluate.py", *command, "--workers", 0, "--device", "cpu", says="(now generated)")
 
 
 def test_other_checkpoints_than_detectors_are_refused(checkpoint, tmp_path):
@@ -196,9 +219,29 @@ def test_mpc_and_rpc_by_hand(tmp_path):
     """Fog: (40 + 20) / 2 = 30. mPC: (30 + 10) / 2 = 20. rPC: 20 / 50."""
     state = {"of": {"frost_dir": "generated"}, "clean": {"AP": 0.5},
              "corruptions": {"fog": {"1": {"AP": 0.4}, "5": {"AP": 0.2}}, "frost": {"3": {"AP": 0.1}}}}
-    text = evaluate.report_corruptions(state, None, Namespace(out=tmp_path))
+    text = evaluate.report_corruptions(state, "FP-DETR-Lite", Namespace(out=tmp_path))
     assert text.endswith("clean AP 50.0, mean under corruption (mPC) 20.0, relative (rPC) 40.0 %")
     assert "this model (3 of the 75 corruptions and severities, frost drawn)" in text
+    assert re.search(r"paper, FP-DETR-Lite +\| +18.9 \| +17.0 \| ", text)
+
+
+@pytest.mark.parametrize("data, ap, row", [("coco val", "37.2 56.5 40.4 21.7 40.0 48.6", True),
+                                           ("cityscapes val", "26.7±0.6 49.1±0.8 25.7±0.7", False)])
+def test_the_papers_row_is_that_of_the_data(data, ap, row, checkpoint, tmp_path, monkeypatch, capsys):
+    """Of a perfect result file, and of COCO-C, which the paper has for COCO alone."""
+    dataset = detection_set("shapes", "val", limit=2, image_size=64)
+    dataset.name = data
+    found = [{**a, "score": 0.9} for a in dataset.ground_truth["annotations"]]
+    evaluate.report(found, dataset, {}, "FP-DETR-Lite", Namespace(out=tmp_path))
+    printed = capsys.readouterr().out
+    ours, paper = (re.search(f"{name} +\\|(.*)", printed)[1].split()[::2] for name in (
+        "this model", "paper, FP-DETR-Lite"))
+    assert ours[0] == "100.0" and " ".join(paper).startswith(ap)
+    assert re.search(r"circle +\| +1 \| 100.0 \|", printed)
+    monkeypatch.setattr(evaluate, "paper_row", lambda *_: "FP-DETR-Lite")
+    run(tmp_path, checkpoint, "--corruptions", "fog", "--severities", 1, "--out", ".",
+        read_data=lambda **_: dataset)
+    assert ("paper, FP-DETR-Lite" in capsys.readouterr().out) == row
 
 
 def test_ap_of_each_class_with_its_number_of_objects():

@@ -173,7 +173,8 @@ EVALUATE = {  # flags: (other flags, the files that differ)
     "--severities 5 --corruptions fog": (FOG, {"corruptions"}), f"--seed 1 {FOG}": (FOG, {"corruptions"}),
     IMAGES: ("", {"a-detections"}), MANY: (IMAGES, {"a-detections"}),
     f"--amp bf16 {MANY}": (MANY, {"a-detections"}), f"--image-size 96 {MANY}": (MANY, {"a-detections"}),
-    f"--attention 1 {IMAGES}": (IMAGES, {"a-attention"})}
+    f"--attention 1 {MANY}": (MANY, {"a-attention"}),
+    f"--amp bf16 --attention 1 {MANY}": (f"--attention 1 {MANY}", {"a-detections", "a-attention"})}
 ELSEWHERE_EVALUATE = {
     "--predictions": "test_boxes_of_a_file_are_evaluated",
     "--table": "test_rows_of_table_3_train_resume_and_evaluate",

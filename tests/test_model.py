@@ -231,12 +231,20 @@ def test_boxes_start_at_the_reference_points():
     assert boxes[..., 2:].flatten().tolist() == pytest.approx([0.1192029] * 100, abs=1e-6)  # sigmoid(-2)
 
 
-@pytest.mark.parametrize("adaptor", ["self-attention", "bilstm"])
-def test_weights_start_as_in_the_released_code(adaptor):
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("changes", [{}, dict(adaptor="bilstm"), ENCODER_DECODER])
+def test_weights_start_as_in_the_released_code(layout, changes):
     """Matrices: Xavier's uniform distribution, which ends at sqrt(6 / (inputs + outputs)), torch's own one
     in the heads, which ends at 1 / sqrt(inputs), or zeros. Each class starts at 1 %."""
-    detector = Detector(replace(TINY, adaptor=adaptor), 5)
+    detector = LAYOUTS[layout](Detector(replace(TINY, **changes), 5))
+    zero_biases = ("projections", "reference_points", "attention_weights", "value_proj", "output_proj",
+                   "in_proj", "out_proj")
     for name, p in detector.named_parameters():
+        if "bias" in name and any(part in name for part in zero_biases):
+            assert not p.any(), name
+        if "projections" in name and p.ndim == 4:  # of the released layout
+            inputs, outputs = p[0].numel(), p[:, 0].numel()
+            assert p.abs().max().item() == pytest.approx(math.sqrt(6 / (inputs + outputs)), rel=0.05), name
         if "weight" in name and p.ndim == 2:
             zero = any(part in name for part in ("sampling_offsets", "attention_weights", "box_head.4"))
             end = 0 if zero else 1 / 8 if "_head" in name else math.sqrt(6 / sum(p.shape))
@@ -298,6 +306,9 @@ def test_extra_tokens_look_where_their_positions_say():
         assert torch.equal(got.content[b], w["content"]) and torch.equal(got.positions[b], w["position"])
         expected = sigmoid(linear(w["position"], w, "reference_points"))
         torch.testing.assert_close(got.references[b], expected, rtol=0, atol=1e-12)
+    plain = tokens.float()(1).references
+    with torch.autocast("cpu", torch.bfloat16):  # the same in mixed precision
+        assert torch.equal(tokens(1).references, plain)
 
 
 @torch.no_grad()
@@ -307,14 +318,17 @@ def test_boxes_equal_their_definition_written_out(size):
     detector = shaken(Detector(TINY, 2).double(), 0.3)
     content, w = torch.randn(2, 5, 64, dtype=torch.float64), detector.box_head.state_dict()
     references = 0.1 + 0.8 * torch.rand(2, 5, size, dtype=torch.float64)
+    references[0, 0] = 0  # the border counts as 1e-5, as in Deformable DETR
     x = linear(content, w, "0").clamp(min=0)
     x = linear(linear(x, w, "2").clamp(min=0), w, "4")
-    x[..., :size] += torch.log(references / (1 - references))
+    x[..., :size] += torch.log(references.clamp(min=1e-5) / (1 - references))
     got = detector.boxes(ExtraTokens(content, None, references))
     torch.testing.assert_close(got, sigmoid(x), rtol=0, atol=1e-12)
     detector.float()
-    rounded = detector.boxes(ExtraTokens(content.bfloat16(), None, references.float()))  # as of autocast
-    assert rounded.dtype == torch.float32
+    plain = detector.boxes(ExtraTokens(content.bfloat16(), None, references.float()))
+    with torch.autocast("cpu", torch.bfloat16):  # the same in mixed precision
+        rounded = detector.boxes(ExtraTokens(content.bfloat16(), None, references.float()))
+    assert rounded.dtype == torch.float32 and torch.equal(rounded, plain)
     torch.testing.assert_close(rounded.double(), got, rtol=0, atol=0.02)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import shaken
+from matplotlib.colors import to_rgb
 from PIL import Image
 from scipy.ndimage import label
 
@@ -33,6 +34,11 @@ def test_pictures_show_boxes_above_the_threshold():
     changed = differs(picture, grey) > 0
     assert changed[100, 150:300].all() and changed[100:250, 300].all()  # the outline
     assert not changed[280:, 380:].any()  # the box with the low score
+    found["scores"][1], found["boxes"][1] = 0.4, torch.tensor([100.0, 180, 300, 300])  # the best is on top
+    boxes = [(box, text, pictures.colour_of(i)) for i, (box, text) in enumerate(
+        zip(found["boxes"].tolist(), ("cat 0.90", "dog 0.40")))]
+    expected = pictures.draw_boxes(picture, boxes[::-1])
+    assert np.array_equal(pictures.draw_detections(picture, found, ["cat", "dog"]), expected)
 
 
 def test_sheets_have_columns_with_titles():
@@ -64,16 +70,22 @@ def test_training_sheet_has_boxes_with_readable_labels(side, tmp_path):
     assert 900 / 1600 * (0.5 * 392 - y.min()) >= 14
     cell = differs(sheet.crop((404, 4, 796, 396)), pictures.colour_of(1)) < 40
     assert cell[4:14].sum() > 4 * cell[50:60].sum() > 0  # a label at the top, and a frame
+    dog = pictures.sheet_of([pictures.draw_boxes(grey, [(None, "dog", pictures.colour_of(1))], 16)])
+    assert np.array_equal(sheet.crop((400, 0, 800, 400)), dog)
 
 
 def test_results_have_the_truth_as_white_lines():
     record = SimpleNamespace(id=7, image=lambda: Image.new("RGB", (392, 392), "grey"),
                              boxes=np.array([[100.0, 150, 300, 350]]))
-    dataset = SimpleNamespace(records=[record], category_ids=[5, 4, 3], classes=["cat", "cow", "dog"])
+    others = [SimpleNamespace(id=9, image=record.image, boxes=np.zeros((0, 4)))] * 8
+    dataset = SimpleNamespace(records=[record, *others], category_ids=[5, 4, 3],
+                              classes=["cat", "cow", "dog"])
     results = [{"image_id": 7, "category_id": 3, "bbox": [50, 60, 200, 120], "score": 0.9},
                {"image_id": 7, "category_id": 5, "bbox": [200, 200, 150, 150], "score": 0.2},
                {"image_id": 8, "category_id": 5, "bbox": [200, 200, 150, 150], "score": 0.9}]
-    cell = pictures.results_sheet(dataset, results).crop((4, 44, 396, 436))
+    sheet = pictures.results_sheet(dataset, results)
+    assert sheet.size == (1600, 840)  # the first eight
+    cell = sheet.crop((4, 44, 396, 436))
     white = differs(cell, 255) == 0
     y, x = np.nonzero(white)
     assert (x.min(), y.min(), x.max(), y.max()) == (100, 150, 300, 350)
@@ -81,6 +93,11 @@ def test_results_have_the_truth_as_white_lines():
     y, x = np.nonzero(differs(cell, pictures.colour_of(2)) == 0)
     assert (x.min(), x.max(), y.max()) == (50, 250, 180)
     assert not (differs(cell, pictures.colour_of(0)) < 40).any()
+    results[1].update(score=0.5, bbox=[100, 70, 150, 150])
+    boxes = [((100, 70, 250, 220), "cat 0.50", pictures.colour_of(0)),  # the best is on top
+             ((50, 60, 250, 180), "dog 0.90", pictures.colour_of(2)), (record.boxes[0], "", "white")]
+    cell = pictures.results_sheet(dataset, results).crop((4, 44, 396, 436))
+    assert np.array_equal(cell, pictures.draw_boxes(record.image(), boxes, 16))
 
 
 def test_wrong_answers_are_red_and_name_the_right_class():
@@ -207,12 +224,17 @@ def heights(axis):
     return {line.get_label(): list(line.get_ydata()) for line in axis.lines}
 
 
+def texts(labels):
+    return [label.get_text() for label in labels]
+
+
 def test_curves_are_the_losses_and_the_scores_in_percent(drawn, tmp_path):
-    log = [dict(step=1, AP=0.25, loss=3.0, loss_class=2.0), dict(step=2, AP=0.5, loss=0.5, loss_class=0.25)]
+    log = [dict(step=5, AP=0.25, loss=3.0, loss_class=2.0), dict(step=7, AP=0.5, loss=0.5, loss_class=0.25)]
     pictures.draw_curves(log, ("AP",), tmp_path / "a.png")
     left, right = drawn[0].axes
     assert heights(left) == {"loss": [3, 0.5], "loss_class": [2, 0.25]}
-    assert heights(right) == {"AP": [25, 50]}
+    assert heights(right) == {"AP": [25, 50]} and left.get_yscale() == "log"
+    assert all(list(line.get_xdata()) == [5, 7] for line in (*left.lines, *right.lines))
     assert right.get_ylim() == (0, 100) and right.get_ylabel() == "percent"
 
 
@@ -228,6 +250,7 @@ def test_chart_has_a_bar_as_high_as_each_number(drawn, tmp_path):
     pictures.corruption_chart(tuple("abc"), (20.0, 10.0, 30.0, 0.0), 40.0, (1.0, 2.0, 3.0, 4.0), tmp_path)
     assert [bar.get_height() for bar in drawn[0].axes[0].patches] == [20, 10, 30, 0]
     assert heights(drawn[0].axes[0]) == {"clean images: 40.0": [40, 40], "paper, Table 4": [1, 2, 3, 4]}
+    assert texts(drawn[0].axes[0].get_xticklabels()) == ["mean", "a", "b", "c"]
 
 
 # ------------------------------------------------------------------------------ where the queries look
@@ -248,8 +271,8 @@ def test_the_recorded_samples_give_the_output_of_the_layer(model):
     for module in [m for m in model.modules() if isinstance(m, MSDeformAttn)][3:]:
         module.register_forward_hook(keep)
     with pictures.WatchSampling(model, 50) as watch:
-        model(torch.randn(1, 3, 128, 64))
-    assert len(watch.layers) == len(calls) == 3  # layers 4 to 6
+        model(torch.randn(2, 3, 128, 64))  # the first image is recorded
+    assert len(watch.layers) == len(calls) == 3  # 4 to 6
     for (_, locations, weights), (output, m, _, _, memory, shapes, *_) in zip(watch.layers, calls):
         torch.testing.assert_close(weights.flatten(2).sum(-1), torch.ones(50, 4))
         maps = m.value_proj(memory)[0].split([h * w for h, w in shapes])
@@ -284,6 +307,11 @@ def test_reference_points_are_drawn_in_pixels_of_the_image(model, monkeypatch, t
         torch.testing.assert_close(references * drawn["padded"], expected, atol=1e-4, rtol=0)
     queries = drawn["found"]["queries"].tolist()
     assert len({q % 25 for q in queries}) == 3 and (drawn["found"]["scores"].diff() <= 0).all()
+    boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 5.1], [0, 0, 10, 4.9]])  # an IoU of 0.51 and 0.49
+    found = {"boxes": boxes, **{k: torch.arange(3) for k in ("queries", "labels", "scores")}}
+    monkeypatch.setattr(evaluate, "detect_image", lambda *_: (model(torch.zeros(1, 3, 64, 64)), found)[1])
+    evaluate.draw_attention(model, image, list("abc"), args, tmp_path / "x.png")
+    assert drawn["found"]["queries"].tolist() == [0, 2]
 
 
 def test_attention_picture_has_the_dots_in_their_places(tmp_path):
@@ -305,6 +333,25 @@ def test_attention_picture_has_the_dots_in_their_places(tmp_path):
         y, x = np.nonzero(differs(inside, colour) < 12)
         centre = np.array([x.mean() / inside.width * 48 + 8, y.mean() / inside.height * 32 + 8])
         assert centre == pytest.approx(place, abs=1)
+
+
+def test_attention_picture_has_a_row_per_detection_and_a_column_per_layer(drawn, tmp_path):
+    layers = [(torch.rand(3, 2), torch.rand(3, 2, 4, 1, 2), torch.rand(3, 2, 4, 1)) for _ in range(2)]
+    found = {"queries": torch.tensor([2, 1]), "labels": torch.tensor([1, 0]),
+             "scores": torch.tensor([0.5, 0.4]), "boxes": torch.rand(2, 4)}
+    pictures.attention_picture(Image.new("RGB", (64, 48)), layers, (64, 128), found, ["a", "b"], 7, tmp_path)
+    axes = np.array(drawn[0].axes).reshape(2, 2)
+    assert [axis.get_title("left") for axis in axes[:, 0]] == ["b 0.50", "a 0.40"]
+    assert [axis.get_xlabel() for axis in axes[1]] == ["layer 7", "layer 8"]
+    for row, query in enumerate((2, 1)):
+        for column, (_, locations, weights) in enumerate(layers):
+            for level, dots in enumerate(axes[row, column].collections[:4]):
+                places = locations[query, :, level, 0] * torch.tensor([64, 128]) - 0.5
+                assert np.allclose(dots.get_offsets(), places)
+                assert np.allclose(dots.get_sizes(), 300 * weights[query, :, level, 0])
+                assert np.allclose(dots.get_facecolor()[0, :3], to_rgb(pictures.STRIDE_COLOURS[level]))
+    names = texts(drawn[0].legends[0].get_texts())
+    assert names[2:6] == [f"stride {stride}" for stride in (8, 16, 32, 64)]
 
 
 def test_dots_are_as_large_as_those_of_the_legend(tmp_path):

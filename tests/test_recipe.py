@@ -191,6 +191,8 @@ def test_pre_training_follows_deits_recipe(mixing, micro_batch, tmp_path, monkey
 
 
 def test_the_rate_of_dropout_reaches_all_layers():
-    modules = Detector(replace(VARIANTS["tiny"], dropout=0.3), 2).modules()
-    found = [m.p for m in modules if isinstance(m, nn.Dropout)]
-    assert len(found) >= 12 and set(found) == {0.3}
+    for changes in ({}, dict(structure="encoder-decoder", adaptor="none")):
+        modules = list(Detector(replace(VARIANTS["tiny"], dropout=0.3, **changes), 2).modules())
+        found = [m.p for m in modules if isinstance(m, nn.Dropout)]
+        attention = [m.dropout for m in modules if isinstance(m, nn.MultiheadAttention)]
+        assert len(found) >= 12 and set(found) == set(attention) == {0.3}

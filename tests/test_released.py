@@ -76,6 +76,8 @@ def test_released_checkpoints_of_all_variants_load_and_detect(shared, variant, t
     assert read_checkpoint(tmp_path / "x.pth")["classes"] == names
     detector = load_released(tmp_path / "x.pth")
     assert detector.encoder.config == c and not detector.training
+    fresh = released_layout(Detector(VARIANTS["tiny"], 2)).encoder.tokenizer.group_norms
+    assert {norm.num_groups for norm in (*fresh, *detector.encoder.tokenizer.group_norms)} == {32}
     with torch.no_grad():
         assert detector(torch.randn(1, 3, 64, 96))["pred_logits"].shape == (1, 300, 80)
     state["bbox_head.cls_branches.3.bias"] = state["bbox_head.cls_branches.3.bias"] + 1
@@ -102,6 +104,7 @@ def test_released_pretraining_checkpoints_give_their_encoder(shared, tmp_path, p
             state[f"{before}.norms.{int(after[0]) + 1}{after[1:]}"] = state.pop(key)
     torch.save({"state_dict": state, "meta": {}}, tmp_path / "p.pth")
     checkpoint = read_checkpoint(tmp_path / "p.pth")
+    assert checkpoint["stage"] == "pretrain"
     detector = released_layout(Detector(VARIANTS["lite"], 80))
     args = Namespace(layout="released")
     description = describe_run(detector, args, "finetune", list("abc"), images=1)
