@@ -23,6 +23,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo, putchunk
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from data import (Transform, classification_set, classification_transform, coco_format, crop,
                   detection_set, flip, micro_batches, pad_batch, read_annotations, read_image, resize,
@@ -69,13 +71,12 @@ def test_exif_rotation_is_applied(tmp_path, orientation):
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damaged_exif_data_do_no_harm(tmp_path):
     """Only the orientation matters. Here the resolution is a text, or the block is cut off."""
-    entries = [(274, 3, 1, struct.pack("<HH", 6, 0)), (282, 2, 3, b"72\0\0"), (296, 2, 2, b"2\0\0\0")]
-    rows = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
-    block = b"II*\0" + struct.pack("<IH", 8, len(entries)) + rows + struct.pack("<I", 0)
-    for exif, size in ((b"Exif\0\0" + block, (48, 64)), (b"Exif\0\0" + block[:9], (64, 48))):
-        jpeg = encode("JPEG", two_coloured())
-        jpeg = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
-        (tmp_path / "a.jpg").write_bytes(jpeg)
+    entries = ImageFileDirectory_v2()
+    entries.tagtype.update({282: 2, 296: 2})  # text
+    entries.update({274: 6, 282: "72", 296: "2"})
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + entries.tobytes(8)
+    for block, size in ((exif, (48, 64)), (exif[:15], (64, 48))):
+        two_coloured().save(tmp_path / "a.jpg", exif=block)
         assert read_image(tmp_path / "a.jpg").size == size
 
 
@@ -98,13 +99,11 @@ def test_grey_of_16_bits_may_use_8_or_12_of_them(tmp_path, top, expected):
 @pytest.mark.parametrize("top", [255, 4095, 65535])
 def test_colours_of_16_bits_must_use_all_of_them(tmp_path, top):
     """Pillow keeps the upper 8 bits alone, so others would be black."""
-    def chunk(kind, content):
-        return (struct.pack(">I", len(content)) + kind + content
-                + struct.pack(">I", zlib.crc32(kind + content)))
-    pixels = zlib.compress(b"\0" + np.array([top, 0, top // 2], ">u2").tobytes())
-    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-                                     + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+    with open(tmp_path / "a.png", "wb") as f:
+        f.write(b"\x89PNG\r\n\x1a\n")
+        putchunk(f, b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+        putchunk(f, b"IDAT", zlib.compress(b"\0" + np.array([top, 0, top // 2], ">u2").tobytes()))
+        putchunk(f, b"IEND")
     if top == 65535:
         assert np.asarray(read_image(tmp_path / "a.png")).tolist() == [[[255, 0, 127]]]
     else:
@@ -661,13 +660,10 @@ def test_malformed_annotation_files(folder, child):
 
 def hostile() -> dict[bytes, str]:
     """Pictures and a word of their messages: bombs, a program, half a file that can be decoded."""
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    png, half = encode("PNG"), encode("JPEG2000")
-    huge = chunk(b"IHDR", struct.pack(">2I", 10 ** 5, 10 ** 5) + png[24:29])
-    long_text = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(50_000_000)))
-    return {png[:8] + huge + png[33:]: "bomb", encode("PNG", Image.new("1", (9500, 9500))): "bomb",
-            png[:33] + long_text + png[33:]: "too large",
+    bmp, half, text = encode("BMP"), encode("JPEG2000"), PngInfo()
+    text.add_text("k", "\0" * 50_000_000, zip=True)
+    return {bmp[:18] + struct.pack("<2i", 10 ** 5, 10 ** 5) + bmp[26:]: "bomb",
+            encode("PNG", Image.new("1", (9500, 9500))): "bomb", encode("PNG", pnginfo=text): "too large",
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n": "identify",
             half[:half.index(b"\xff\x93") + 2]: "identify"}
 
