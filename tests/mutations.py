@@ -87,7 +87,7 @@ MUTATIONS = [  # the mistake, its file, the right text, the wrong text, the test
     ("detection with dropout", "evaluate.py", "    model.eval()\n    # GroupNorm", "    # GroupNorm",
      "evaluate"),
     # loops of both stages
-    ("best.pt is always the last", "finetune.py", "if scores[\"AP\"] > best:", "if True:", "recipe"),
+    ("best.pt is always the last", "finetune.py", "if scores[\"AP\"] > best", "if True", "recipe"),
     ("best.pt is the first", "finetune.py", "best = scores[\"AP\"]\n", "best = 9\n", "recipe"),
     ("the normaliser is that of the micro-batch", "finetune.py",
      "detection_loss(outputs, targets, num_matches)", "detection_loss(outputs, targets)", "recipe"),
