@@ -22,14 +22,19 @@ ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("FPDETR_REFERENCE_DATA", ROOT.parent / "shared"))
 
 
+def python(*arguments, folder=ROOT, code=0, **variables):
+    """Runs Python in a process of its own, with these environment variables. It must exit with `code`."""
+    # Results on a GPU differ in the last bits. Two threads on a busy machine are many times slower.
+    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **variables}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, text=True, capture_output=True, env=variables, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
 def run(folder, program, *flags):
     """Runs a program in a process of its own: run(tmp_path, "finetune.py", "--epochs", 1)."""
-    # Results on a GPU differ in the last bits. Two threads on a busy machine are many times slower.
-    cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / program), *map(str, flags)]
-    done = subprocess.run(command, cwd=folder, text=True, capture_output=True, env=cpu, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    return python(ROOT / program, *flags, folder=folder)
 
 
 def call(folder, program, *flags, **options):

@@ -2,11 +2,9 @@
 grading runs in a process of its own."""
 import ast
 import shutil
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, refused
+from conftest import ROOT, python, refused
 from mutations import plant
 
 from extras.assignment import PARTS, POINTS
@@ -27,16 +25,9 @@ WRONG_SIGNS = {  # part: the right text, the wrong text
     "semantic softmax (A.3)": ("- smoothing * log_p", "+ smoothing * log_p")}
 
 
-def command(*arguments) -> str:
-    done = subprocess.run([sys.executable, "-m", "extras.assignment", *map(str, arguments)], cwd=ROOT,
-                          text=True, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def grade(folder, *flags) -> dict[str, tuple[int, str]]:
     """Title of each part -> its points, and what went wrong."""
-    *lines, total = command("--grade", folder, *flags).splitlines()
+    *lines, total = python("-m", "extras.assignment", "--grade", folder, *flags).stdout.splitlines()
     rows = [(line[:28].rstrip(), int(line[28:32]), line[34:]) for line in lines]
     assert [title for title, *_ in rows] == TITLES
     assert total.split() == ["total", str(sum(n for _, n, _ in rows)), "of", str(POINTS * len(PARTS))]
@@ -52,7 +43,7 @@ def outline(path):
 
 def test_the_assignment_scores_nothing_and_says_why(tmp_path):
     out = tmp_path / "out"
-    command(out)
+    python("-m", "extras.assignment", out)
     for name in ("README.md", "deform_attn_kernel.cu", "tests/test_model.py", "extras/shapes.py"):
         assert (out / name).read_bytes() == (ROOT / name).read_bytes()
     for name in {module for _, module, *_ in PARTS}:
@@ -85,8 +76,7 @@ def test_a_wrong_sign_costs_the_points_of_its_part_alone(wrong, tmp_path):
 def test_a_part_whose_tests_are_not_found_has_no_points():
     code = ("import pathlib, extras.assignment as assignment; "
             "print(assignment.grade(pathlib.Path('finetune.py'), 'giou', 'no_such_test', 60))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
-    assert done.stdout.endswith("no test could run\n"), done.stderr
+    assert python("-c", code).stdout.endswith("no test could run\n")
 
 
 def test_no_folder_is_overwritten_or_graded_by_mistake(tmp_path):

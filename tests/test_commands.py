@@ -4,12 +4,11 @@ import importlib
 import json
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, call, coco_folder, locked, refused, run, save_model
+from conftest import ROOT, call, coco_folder, locked, python, refused, run, save_model
 from PIL import Image
 
 import engine
@@ -366,11 +365,9 @@ def test_pretraining_on_a_folder_with_the_semantic_softmax(tmp_path, capsys):
     (tmp_path / "data" / "train" / "readme.txt").write_text("")
     (tmp_path / "is_a.txt").write_text("\ufeffn1 n2\nroot n1\nroot n3\n", encoding="utf-8")
     (tmp_path / "classes.txt").write_text("n1\nn2\nn3\n")
-    build = [sys.executable, "-m", "extras.imagenet21k_tree", tmp_path / "tree.json", "--is-a",
-             tmp_path / "is_a.txt", "--classes", tmp_path / "classes.txt"]
-    subprocess.run(build, cwd=ROOT, check=True)
-    again = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 2 and "cannot write" in again.stderr  # never over an older file
+    build = "extras.imagenet21k_tree", "tree.json", "--is-a", "is_a.txt", "--classes", "classes.txt"
+    call(tmp_path, *build)
+    refused(tmp_path, *build, says="cannot write")  # never over an older file
     flags = ("--data data --image-size 64 --mixup 0 --cutmix 0 --batch-size 4 --workers 0 --epochs 2 "
              "--warmup-epochs 1 --device cpu --out run").split()
     tree = ["--tree", "tree.json", "--augment", "21k"]
@@ -471,4 +468,4 @@ def test_imports_stay_light():
             "assert not {'engine', 'data', 'PIL'} & set(sys.modules)\n"
             "import finetune, pretrain\n"
             "assert not {'scipy', 'matplotlib', 'pycocotools'} & set(sys.modules)")
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    python("-c", code)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, refused, save_model
+from conftest import ROOT, python, refused, save_model
 
 import engine
 from engine import InputError
@@ -235,16 +235,13 @@ def test_full_shared_memory_is_one_line(tmp_path):
 
 def test_a_run_in_a_notebook_of_windows(tmp_path):
     """Without the modules that exist only on Unix, and with variables that other programs set."""
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    code = ("import sys\n"
             "for name in ('fcntl', 'resource', 'grp', 'termios'): sys.modules[name] = None\n"
             "import engine, evaluate, finetune, pretrain, extras.benchmark, extras.claims\n"
             "sys.argv[1:] = '--limit-train 8 --limit-val 2 --epochs 1 --device cpu --out run'.split()\n"
             "engine.run_script(finetune.main)")
-    variables = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "WORLD_SIZE": "1",
-                 "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, **variables})
-    assert done.returncode == 0, done.stderr
+    python("-c", code, folder=tmp_path, PYTHONPATH=str(ROOT), WORLD_SIZE="1",
+           MPLBACKEND="module://matplotlib_inline.backend_inline")
 
 
 def test_world_size_without_torchrun_is_refused(tmp_path, monkeypatch):
@@ -257,13 +254,12 @@ def test_world_size_without_torchrun_is_refused(tmp_path, monkeypatch):
 
 
 def test_closed_output_and_an_ascii_terminal(tmp_path):
-    script = f"{sys.executable} {ROOT / 'evaluate.py'} --table 5"
+    script = ROOT / "evaluate.py", "--table", "5"
     for closed in (">&-", "2>&-"):
-        done = subprocess.run(["bash", "-c", f"{script} {closed}"], cwd=tmp_path, capture_output=True)
+        command = f"{shlex.join(map(str, (sys.executable, *script)))} {closed}"
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True)
         assert done.returncode == 0 and done.stderr == b""
-    ascii = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(script.split(), capture_output=True, env=ascii)
-    assert done.returncode == 0 and rb"28.6\xb10.2" in done.stdout
+    assert r"28.6\xb10.2" in python(*script, PYTHONIOENCODING="ascii").stdout
 
 
 def test_output_to_a_reader_that_has_gone_ends_quietly():

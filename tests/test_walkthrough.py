@@ -1,12 +1,9 @@
 """The walk along one picture, as a script and as cells, on models that have hardly been trained."""
 import ast
-import os
 import re
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, call, run
+from conftest import ROOT, call, python, run
 from PIL import Image
 
 SHORT = "--epochs 1 --limit-train 8 --limit-val 2 --device cpu".split()
@@ -58,10 +55,7 @@ def test_cells_in_a_notebook_without_a_photograph(trained):
     here = 'Path(engine.__file__).parent / "runs"'
     assert cells.count(here) == 1
     cells = cells.replace(here, f"Path({str(trained / 'runs')!r})")
-    notebook = {**os.environ, "MPLBACKEND": "module://absent", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", cells, "-f", "kernel.json"], cwd=ROOT / "docs",
-                          text=True, capture_output=True, env=notebook, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = python("-c", cells, "-f", "kernel.json", folder=ROOT / "docs", MPLBACKEND="module://absent")
     check_slides(trained / "runs" / "walkthrough", SLIDES)
     check_numbers(done.stdout)
     assert done.stdout.count("skipped") == 2
@@ -83,8 +77,7 @@ def test_each_cell_ends_with_its_slide():
     (["absent.jpg"], "absent.jpg is missing"),
 ])
 def test_mistakes_end_in_one_line(trained, flags, says):
-    command = [sys.executable, str(ROOT / "docs" / "walkthrough.py"), "--out", "unused",
-               "--classifier", CLASSIFIER, "--detector", DETECTOR, *flags]
-    done = subprocess.run(command, cwd=trained, text=True, capture_output=True, timeout=300)
-    assert done.returncode == 2 and done.stdout == "" and not (trained / "unused").exists()
+    done = python(ROOT / "docs" / "walkthrough.py", "--out", "unused", "--classifier", CLASSIFIER,
+                  "--detector", DETECTOR, *flags, folder=trained, code=2)
+    assert done.stdout == "" and not (trained / "unused").exists()
     assert done.stderr.startswith("error: ") and says in done.stderr and done.stderr.count("\n") == 1
