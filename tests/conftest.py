@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import deform_attn
 import engine
 from data import detection_set
 
@@ -23,11 +25,11 @@ SHARED = Path(os.environ.get("FPDETR_REFERENCE_DATA", ROOT.parent / "shared"))
 
 
 def python(*arguments, folder=ROOT, code=0, **variables):
-    """Runs Python in a process of its own, with these environment variables. It must exit with `code`."""
+    """Runs Python in a process of its own, with these environment variables. Demands an exit code."""
     # Results on a GPU differ in the last bits. Two threads on a busy machine are many times slower.
     variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **variables}
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, text=True, capture_output=True, env=variables, timeout=300)
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, env=variables, timeout=300,
+                          text=True, capture_output=True)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -114,6 +116,19 @@ def shared():
             pytest.skip(f"reference data {name} are not here (they are not part of the project)")
         return SHARED / name
     return path
+
+
+@pytest.fixture
+def fresh_kernels(monkeypatch, tmp_path):
+    """Nothing is built, loaded or warned of yet, and the temporary folder is empty. -> this folder"""
+    def clear():
+        for cached in (deform_attn.load_kernel, deform_attn.loading_error, deform_attn.cuda_driver):
+            cached.cache_clear()
+    clear()
+    monkeypatch.setattr(deform_attn, "warned", set())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    yield tmp_path
+    clear()
 
 
 def deform_attn_inputs(shapes, B, Q, M, C, P, dtype, seed=0):

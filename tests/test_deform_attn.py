@@ -5,7 +5,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -220,25 +219,12 @@ def test_environment_variable_forces_a_path(monkeypatch):
         ms_deform_attn(value, SHAPES, *rest)
 
 
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """Nothing is built, loaded or warned of yet, and the temporary folder is empty. -> this folder"""
-    def clear():
-        for cached in (deform_attn.load_kernel, deform_attn.loading_error):
-            cached.cache_clear()
-    clear()
-    monkeypatch.setattr(deform_attn, "warned", set())
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    yield tmp_path
-    clear()
-
-
 @pytest.mark.parametrize("compiler, says", [
     (None, "there is no C\\+\\+ compiler"), ("echo no room >&2; exit 1", "no room"),
     (r"printf 'a \377' >&2; exit 1", "a \N{REPLACEMENT CHARACTER}"), ("exec sleep 9", "took more than"),
     ("true", "No such file"), ('for file; do :; done; echo > "$file"', "kernel|file too short|header")])
-def test_without_a_working_compiler_the_reference_warns_once(monkeypatch, fresh, compiler, says):
-    script = fresh / "compiler"
+def test_without_a_working_compiler_the_reference_warns_once(monkeypatch, fresh_kernels, compiler, says):
+    script = fresh_kernels / "compiler"
     script.write_text(f"#!/bin/sh\n{compiler}\n")
     script.chmod(0o755)
     monkeypatch.setattr(shutil, "which", lambda name: compiler and str(script))
@@ -257,14 +243,14 @@ def test_without_a_working_compiler_the_reference_warns_once(monkeypatch, fresh,
 CONFIG = deform_attn.KernelConfig("cpu", *[torch.float32] * 3, 13, 1, 1, 1)
 
 
-def test_a_temporary_folder_that_is_full_or_no_folder_is_said(monkeypatch, fresh):
+def test_a_temporary_folder_that_is_full_or_no_folder_is_said(monkeypatch, fresh_kernels):
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(deform_attn, "compile_kernel", lambda config: bytes(10**7))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))
     problem = deform_attn.loading_error(CONFIG)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    folder, = fresh.iterdir()
+    folder, = fresh_kernels.iterdir()
     assert "too large" in problem and not list(folder.iterdir())  # nothing half-written is left
     folder.rmdir()
     folder.touch()
@@ -272,7 +258,7 @@ def test_a_temporary_folder_that_is_full_or_no_folder_is_said(monkeypatch, fresh
     assert str(folder) in deform_attn.loading_error(CONFIG)
 
 
-def test_a_damaged_file_in_the_cache_is_built_anew(monkeypatch, fresh):
+def test_a_damaged_file_in_the_cache_is_built_anew(monkeypatch, fresh_kernels):
     code = bytes(range(256)) * 9
     monkeypatch.setattr(deform_attn, "compile_kernel", lambda config: code)
     path = deform_attn.build_kernel(CONFIG)
@@ -283,14 +269,14 @@ def test_a_damaged_file_in_the_cache_is_built_anew(monkeypatch, fresh):
     assert whole.startswith(code)
 
 
-def test_a_whole_file_that_cannot_be_loaded_is_built_anew_once(monkeypatch, fresh, kernel_device):
+def test_a_whole_file_that_cannot_be_loaded_is_built_anew(monkeypatch, fresh_kernels, kernel_device):
     with monkeypatch.context() as patch:
         patch.setattr(deform_attn, "compile_kernel", lambda config: b"no library")
         deform_attn.build_kernel(CONFIG)
     assert deform_attn.loading_error(CONFIG) == ""
 
 
-def test_each_kind_of_cpu_has_a_file_of_its_own(monkeypatch, fresh):
+def test_each_kind_of_cpu_has_a_file_of_its_own(monkeypatch, fresh_kernels):
     monkeypatch.setattr(deform_attn, "compile_kernel", lambda config: b"code")
     monkeypatch.setattr(platform, "node", lambda: "a shared name")
 
@@ -302,14 +288,14 @@ def test_each_kind_of_cpu_has_a_file_of_its_own(monkeypatch, fresh):
         "model name\t: B", "flags\t\t: fpu sse"], ["Features\t: fp asimd"], ["Features\t: fp asimd sve"]
     assert len({file(*lines) for lines in names}) == 5
     assert file(*names[0], "cpu MHz\t\t: 2400.1") == file(*names[0] * 2, "cpu MHz\t\t: 3100.7")
-    monkeypatch.setattr(Path, "read_text", lambda path, **options: open(fresh / "no such file"))
+    monkeypatch.setattr(Path, "read_text", lambda path, **options: open(fresh_kernels / "no such file"))
     monkeypatch.setattr(platform, "processor", lambda: "i386")
     first = deform_attn.build_kernel(CONFIG)
     monkeypatch.setattr(platform, "processor", lambda: "arm")
     assert deform_attn.build_kernel(CONFIG) != first
 
 
-def test_a_system_without_users_has_no_kernel(monkeypatch, fresh):
+def test_a_system_without_users_has_no_kernel(monkeypatch, fresh_kernels):
     monkeypatch.delattr(os, "getuid")
     monkeypatch.setattr(platform, "system", lambda: "Windows")
     assert deform_attn.loading_error(CONFIG) == "the kernel is not built on Windows"

@@ -6,7 +6,6 @@ import ctypes
 import math
 import shutil
 import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -212,75 +211,53 @@ def test_nvcc_compiles_it_without_a_warning_or_spilled_registers(arch, tmp_path)
     assert done.stderr.count("0 bytes spill stores, 0 bytes spill loads") == 2, done.stderr
 
 
-class FakeGPU:
-    """Makes CPU tensors take the path of a GPU: the launch, through a driver that runs the emulator."""
-
-    def __init__(self, patch, folder, options=()):
-        self.config = KernelConfig("sm_90", F32, F32, F32, 32, 2, 2, 4)
-        path = folder / "libcuda.so"
-        command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-D__CUDA_ARCH__=900", *options,
-                   *self.config.options(), ROOT / "tests" / "fake_driver.cpp", "-o", path]
-        subprocess.run(command, check=True)
-        self.driver = ctypes.CDLL(str(path))
-        open_library = ctypes.CDLL
-        patch.setattr(ctypes, "CDLL", lambda name, *rest: open_library(
-            str(path) if name == "libcuda.so.1" else name, *rest))
-        patch.setattr(deform_attn, "architecture", lambda device: "sm_90")
-        patch.setattr(deform_attn, "compile_kernel", lambda config: b"machine code\0")
-        patch.setattr(deform_attn, "warned", set())
-        patch.setattr(tempfile, "tempdir", str(folder))
-        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-        patch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
-        patch.setattr(torch.cuda, "synchronize", self.driver.give_context)
-
-    def inputs(self):
-        values = deform_attn_inputs(SHAPES[:2], B=2, Q=19, M=2, C=32, P=4, dtype=F32)
-        return [x.requires_grad_() for x in values]
-
-    def last_launch(self):
-        return list((ctypes.c_ulong * 8).in_dll(self.driver, "launched"))
-
-
-def forget_the_driver():
-    for cached in (deform_attn.load_kernel, deform_attn.loading_error, deform_attn.cuda_driver):
-        cached.cache_clear()
-
-
 @pytest.fixture
-def fake_gpu(monkeypatch, tmp_path):
-    """fake_gpu() and fake_gpu("-DBEFORE_CUDA_12") -> FakeGPU"""
+def fake_gpu(fresh_kernels, monkeypatch):
+    """fake_gpu() makes CPU tensors take the path of a GPU: the launch, through a driver that runs the
+    emulator. -> the driver. fake_gpu("-DBEFORE_CUDA_12"): an old one."""
     if COMPILER is None:
         pytest.skip("no g++ here")
-    forget_the_driver()
-    yield lambda *options: FakeGPU(monkeypatch, tmp_path, options)
-    forget_the_driver()
+
+    def install(*options):
+        config, path = KernelConfig("sm_90", F32, F32, F32, 32, 2, 2, 4), fresh_kernels / "libcuda.so"
+        command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-D__CUDA_ARCH__=900", *options,
+                   *config.options(), ROOT / "tests" / "fake_driver.cpp", "-o", path]
+        subprocess.run(command, check=True)
+        driver, open_library = ctypes.CDLL(str(path)), ctypes.CDLL
+        monkeypatch.setattr(ctypes, "CDLL", lambda name, *rest: open_library(
+            str(path) if name == "libcuda.so.1" else name, *rest))
+        monkeypatch.setattr(deform_attn, "architecture", lambda device: "sm_90")
+        monkeypatch.setattr(deform_attn, "compile_kernel", lambda config: b"machine code\0")
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
+        monkeypatch.setattr(torch.cuda, "synchronize", driver.give_context)
+        return driver
+    return install
+
+
+def launched_inputs():
+    inputs = deform_attn_inputs(SHAPES[:2], B=2, Q=19, M=2, C=32, P=4, dtype=F32)
+    return [x.requires_grad_() for x in inputs]
 
 
 def test_launch_gives_the_driver_what_it_needs(fake_gpu):
-    gpu = fake_gpu()
-    inputs = gpu.inputs()
+    driver, inputs = fake_gpu(), launched_inputs()
     output = ms_deform_attn(inputs[0], SHAPES[:2], *inputs[1:])
     # 19 queries of 8 lanes are 2 blocks of 128 threads. There are 2 heads and 2 images.
-    assert gpu.last_launch() == [2, 2, 2, 128, 1, 1, 0, 77]
+    assert list((ctypes.c_ulong * 8).in_dll(driver, "launched")) == [2, 2, 2, 128, 1, 1, 0, 77]
     grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
     value, _, offset, logit = torch.autograd.grad(output, inputs, grad_output)
     assert_near([output, value, offset, logit], truth(inputs, SHAPES[:2], grad_output), [F32] * 4)
-
-
-def test_launch_in_a_thread_without_a_context(fake_gpu):
-    """A context belongs to a thread. The driver refuses launches in threads without one."""
-    gpu = fake_gpu()
-    inputs = gpu.inputs()
-    expected = ms_deform_attn(inputs[0], SHAPES[:2], *inputs[1:])
+    # A context belongs to a thread. The driver refuses launches in threads without one.
     with ThreadPoolExecutor(1) as pool:
-        output = pool.submit(ms_deform_attn, inputs[0], SHAPES[:2], *inputs[1:]).result()
-    assert torch.equal(output, expected)
+        again = pool.submit(ms_deform_attn, inputs[0], SHAPES[:2], *inputs[1:]).result()
+    assert torch.equal(again, output)
 
 
 def test_error_of_a_launch_is_raised(fake_gpu, monkeypatch):
-    gpu = fake_gpu()
+    fake_gpu()
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)  # gives no context
-    inputs = gpu.inputs()
+    inputs = launched_inputs()
     with pytest.raises(OSError, match=r"CUDA driver: an error of the fake \(201\)"):
         ms_deform_attn(inputs[0], SHAPES[:2], *inputs[1:])
 
@@ -290,14 +267,14 @@ def test_error_of_a_launch_is_raised(fake_gpu, monkeypatch):
     ("an old driver", "the NVIDIA driver is older than CUDA 12.0"),
     ("code that the driver refuses", r"CUDA driver: an error of the fake \(200\)")])
 def test_reference_runs_where_the_driver_cannot(fake_gpu, monkeypatch, what, says):
-    gpu = fake_gpu(*["-DBEFORE_CUDA_12"] * (what == "an old driver"))
+    fake_gpu(*["-DBEFORE_CUDA_12"] * (what == "an old driver"))
     if what == "no driver":
         def open_library(name, *rest):
             raise OSError(f"{name}: cannot open shared object file")
         monkeypatch.setattr(ctypes, "CDLL", open_library)
     if what == "code that the driver refuses":
         monkeypatch.setattr(deform_attn, "compile_kernel", lambda config: b"nonsense\0")
-    inputs = gpu.inputs()
+    inputs = launched_inputs()
     with pytest.warns(UserWarning, match=says):
         output = ms_deform_attn(inputs[0], SHAPES[:2], *inputs[1:])
     assert torch.equal(output, ms_deform_attn_reference(inputs[0], SHAPES[:2], *inputs[1:]))
