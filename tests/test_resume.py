@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, call, refused
 
 import data
 import engine
@@ -265,29 +265,22 @@ def test_a_broken_image_stops_the_run_after_a_checkpoint(stage, workers, split, 
     assert weights(out)["step"] == 3 and (out / "metrics.json").exists()
 
 
-def test_a_folder_is_resumed_or_replaced_only_if_asked(tmp_path):
-    out, short = tmp_path / "run", ("--epochs", "1", "--eval-every", "1")
-
-    def run(*flags):
-        code = end_of(start("finetune", out, *short, *flags))
-        return code, (tmp_path / "run.txt").read_text()
-    assert run("--resume")[0] == 0  # nothing to resume yet: it starts
+def test_a_folder_is_resumed_or_replaced_only_if_asked(tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["finetune.py", *STAGES["finetune"].split(), *"--epochs 1 --device cpu --out run".split()]
+    call(tmp_path, *flags, "--resume")  # nothing to resume yet: it starts
     (out / "evaluation").mkdir()
     (out / "evaluation" / "metrics.json").write_text("{}")
-    code, said = run()
-    assert code == 2 and "already holds a run" in said
-    code, said = run("--resume", "--lr", "0.5")
-    assert code == 2 and "--lr 0.001 (now 0.5)" in said
-    code, said = run("--resume", "--limit-train", "8")
-    assert code == 2 and "images 10 (now 8)" in said
+    refused(tmp_path, *flags, says="already holds a run")
+    refused(tmp_path, *flags, "--resume", "--lr", 0.5, says="--lr 0.001 (now 0.5)")
+    refused(tmp_path, *flags, "--resume", "--limit-train", 8, says="images 10 (now 8)")
     assert weights(out)["step"] == 3
     # --pretrained may lie in the folder that is replaced.
-    code, said = run("--overwrite", "--pretrained", str(out / "last.pt"))
-    assert code == 0 and "encoder, queries" in said and not (out / "evaluation").exists()
-    link = tmp_path / "link"
-    link.symlink_to(out)
-    assert end_of(start("finetune", link, *short, "--overwrite")) == 0 and link.is_symlink()
+    call(tmp_path, *flags, "--overwrite", "--pretrained", "run/last.pt")
+    assert "encoder, queries" in capsys.readouterr().out and not (out / "evaluation").exists()
+    (tmp_path / "link").symlink_to(out)
+    call(tmp_path, *flags, "--overwrite", "--out", "link")
+    assert (tmp_path / "link").is_symlink()
     (out / "last.pt").unlink()
-    code, said = run("--resume")
-    assert code == 2 and "last.pt is missing from a run that has results" in said
+    refused(tmp_path, *flags, "--resume", says="last.pt is missing from a run that has results")
     assert (out / "best.pt").exists()
