@@ -14,6 +14,7 @@ from extras import pictures
 
 CLASSES, IMAGES = 8, 5
 record = []  # what the small models and the sets have seen, in order
+drawn = {}  # function of extras/pictures.py -> the arguments of its last call
 
 
 class SmallEncoder(nn.Module):
@@ -68,6 +69,7 @@ def run(stage, tmp_path, monkeypatch, flags, scores=None):
     kind, read = ((DetectionSet, detection_set) if stage is finetune else
                   (ClassificationSet, classification_set))
     started, record[:] = [], []
+    drawn.clear()
 
     class Recorded(kind):
         def __getitem__(self, index):
@@ -91,7 +93,8 @@ def run(stage, tmp_path, monkeypatch, flags, scores=None):
     elif given:
         monkeypatch.setattr(pretrain, "evaluate", lambda model, *_: model.eval() and {"top1": next(scores)})
     for name in ("training_sheet", "draw_curves", "results_sheet", "predictions_sheet"):
-        monkeypatch.setattr(pictures, name, lambda *_: Image.new("RGB", (8, 8)))
+        spy = lambda *given, name=name: drawn.update({name: given}) or Image.new("RGB", (8, 8))
+        monkeypatch.setattr(pictures, name, spy)
     monkeypatch.setattr(torch, "compile", lambda model: record.append(("compiled",)) or model)
     usual = f"--limit-train {IMAGES} --limit-val 2 --device cpu --out {tmp_path}/run"
     monkeypatch.setattr(sys, "argv", [stage.__name__, *usual.split(), *flags.split()])

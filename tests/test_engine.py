@@ -89,6 +89,7 @@ def test_only_the_same_run_can_be_resumed(tmp_path):
     saved = {**description(), "optimizer": {}, "epoch": 3}
     machine = dict(workers=0, data_root="x", device="cuda", micro_batch=1, activation_checkpointing=True,
                    compile=True, eval_every=3, out="x", resume=True, overwrite=True)
+    assert engine.MACHINE_FLAGS == set(machine)
     for same in (description(), description(**machine, epochs=9), description(epochs=3)):
         engine.check_resumed(saved, same, tmp_path)
     for other, says in ((description(lr=0.2), r"--lr 0.1 \(now 0.2\)"),
@@ -117,7 +118,7 @@ def test_epochs_of_a_resumed_run_may_grow_but_not_fall_below_the_steps_taken(cap
             engine.check_epochs(Namespace(epochs=epochs, schedule="step"), saved, steps=4)
 
 
-def test_a_checkpoint_is_saved_every_ten_minutes_if_all_weights_are_finite(tmp_path):
+def test_a_checkpoint_is_saved_every_ten_minutes_if_all_weights_are_finite(tmp_path, capsys):
     model, flags = torch.nn.Linear(1, 1), dict(out=str(tmp_path), overwrite=False, data="x")
     optimizer, run = torch.optim.SGD(model.parameters()), engine.Run(Namespace(resume=False, **flags), "x")
     run.saved_at -= 590
@@ -126,6 +127,9 @@ def test_a_checkpoint_is_saved_every_ten_minutes_if_all_weights_are_finite(tmp_p
     assert run.must_save()
     run.save({}, model, optimizer, step=1)
     assert not run.must_save()
+    run.started -= 90
+    run.finish(model, Namespace(), type("Set", (list,), {"name": "x val"})(), {"AP": 0.25}, step=1)
+    assert "x val, 0 images, after 1.5 minutes: AP 25.0" in capsys.readouterr().out
     resumed = engine.Run(Namespace(resume=True, **flags), "x")
     os.utime(run.last, (1, 1))
     with pytest.raises(InputError, match="another process has just written"):
@@ -155,6 +159,12 @@ def test_batches_cover_an_epoch_once_whatever_the_number_of_processes(monkeypatc
     assert epoch(1, skip=2) == epoch(1)[2:]
     sampler = engine.BatchSampler(10, 4, 0)
     assert [sampler.images_after(step) for step in range(7)] == [0, 4, 8, 10, 14, 18, 20]
+    draws = set()
+    for r in range(3):  # each process has dropout of its own
+        monkeypatch.setattr(engine, "rank", lambda r=r: r)
+        engine.seed_step(0, 5)
+        draws.add(torch.rand(1).item())
+    assert len(draws) == 3
 
 
 def test_numbers_of_flags_have_bounds():

@@ -190,6 +190,7 @@ def test_defaults_and_learning_rates_are_the_papers_and_the_released_codes():
     args = parse(["--variant", "lite", "--data", "coco"])
     assert (args.lr, args.epochs, args.lr_drop, args.batch_size, args.clip) == (1e-4, 50, 40, 32, 0.1)
     assert (args.weight_decay, args.dropout, args.image_size, args.augment) == (1e-4, 0.1, 800, "paper")
+    assert (args.schedule, args.adaptor, args.adaptor_per_layer) == ("step", "self-attention", False)
     optimizer = build_optimizer(released_layout(Detector(VARIANTS["lite"], 80)), args)
     slow, full = sorted(optimizer.param_groups, key=lambda g: g["lr"])
     assert (slow["lr"], full["lr"]) == (pytest.approx(1e-5), pytest.approx(1e-4))

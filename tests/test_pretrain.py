@@ -89,9 +89,11 @@ def test_the_cosine_schedule_at_hand_computed_epochs():
     args = parse(["--data", "imagenet", "--variant", "lite"])
     assert (args.lr, args.epochs, args.batch_size, args.weight_decay) == (5e-4, 300, 1024, 0.05)
     assert (args.repeats, args.mixup, args.cutmix, args.smoothing, args.drop_path) == (3, 0.8, 1, 0.1, 0.1)
+    assert (args.schedule, args.augment, args.image_size) == ("cosine", "deit", 224)
     large = vars(parse(["--data", "imagenet21k", "--tree", "x.json"]))  # as Ridnik et al. 2021
     assert large.items() >= dict(lr=3e-4, epochs=80, batch_size=4096, weight_decay=1e-4, repeats=1, mixup=0,
-                                 cutmix=0, smoothing=0.2, drop_path=0, augment="21k").items()
+                                 cutmix=0, smoothing=0.2, drop_path=0, augment="21k", variant="base",
+                                 schedule="one-cycle").items()
 
     def rate(epoch):
         return pretrain.learning_rate(args, epoch * 10 + 9, 10)  # constant within an epoch
@@ -160,9 +162,9 @@ def test_predictions_are_of_pictures_from_all_over_the_validation_set(monkeypatc
     labels, shown = np.arange(40), []
     val = ClassificationSet([Image.new("RGB", (64, 64))] * 40, labels, list(map(str, labels)), "x", 64)
     monkeypatch.setattr(pretrain.pictures, "predictions_sheet",
-                        lambda *arguments: shown.extend(arguments[2]) or Image.new("RGB", (1, 1)))
+                        lambda *arguments: shown.extend(arguments[1:3]) or Image.new("RGB", (1, 1)))
     pretrain.draw_predictions(lambda x: torch.zeros(1, 40), val, torch.device("cpu"), tmp_path / "x.png")
-    assert shown == list(range(0, 32, 2))
+    assert torch.allclose(shown[0], torch.full((16, 40), 1 / 40)) and shown[1] == list(range(0, 32, 2))
 
 
 def test_an_evaluation_counts_by_hand(tree):

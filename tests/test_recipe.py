@@ -1,13 +1,14 @@
 """The recipes of both stages, through the main() that users run. Each training loop is written out here
 once more, from the paper's text, in float64. It imports nothing of what it checks. A run of a small model
 must end at its weights."""
+import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 from by_hand import cheapest_pairs, layer_losses
-from small import CLASSES, IMAGES, record, run
+from small import CLASSES, IMAGES, drawn, record, run
 from torch import nn
 
 import finetune
@@ -46,8 +47,18 @@ def same_weights(model, saved, tolerance):
         torch.testing.assert_close(saved["model"][name], p.detach(), rtol=0, atol=tolerance, msg=name)
 
 
-# ------------------------------------------------------------------------- stage 2 (4.1, Deformable DETR)
+def check_files(folder, losses, scores, shown):
+    """Of a run on shapes with two steps an epoch. shown: the first images of the first epoch."""
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    means = [(a + b) / 2 for a, b in zip(losses[::2], losses[1::2])]
+    assert [e["loss"] for e in log if "loss" in e] == pytest.approx(means, abs=1e-5)
+    (train, indices, _), (_, curves, _) = drawn["training_sheet"], drawn["draw_curves"]
+    assert (train.name, indices) == ("shapes train", shown) and list(scores) == list(curves)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert {"data": "shapes val", "images": 2, **scores}.items() <= metrics.items()
 
+
+# ------------------------------------------------------------------------- stage 2 (4.1, Deformable DETR)
 
 def set_loss(model, batch):
     """The loss of a whole batch, image by image and layer by layer, divided by the matched queries."""
@@ -79,7 +90,7 @@ def test_fine_tuning_follows_the_papers_recipe(flags, clip, decay, factor, tmp_p
     modes = {(r[0] == "model" and r[2]) for r in record}
     assert [e for e, _, _ in items] == [e for e in range(epochs) for _ in range(IMAGES)]
     assert len(set(draws)) == len(draws) and modes == {True, False}  # dropout is new in each step
-    optimizer = AdamW(model)
+    optimizer, losses = AdamW(model), []
 
     def rates(name):
         part = 0.5 if "tokenizer" in name else 0.25 if "sampling_offsets" in name else 1
@@ -88,7 +99,9 @@ def test_fine_tuning_follows_the_papers_recipe(flags, clip, decay, factor, tmp_p
         of_epoch = items[epoch * IMAGES:(epoch + 1) * IMAGES]
         assert {i for _, i, _ in of_epoch} == set(range(IMAGES))
         for batch in (of_epoch[:3], of_epoch[3:]):
-            gradients = gradients_of(model, set_loss(model, [item for _, _, item in batch]))
+            loss = set_loss(model, [item for _, _, item in batch])
+            losses.append(loss.item())
+            gradients = gradients_of(model, loss)
             norm = math.sqrt(sum((g ** 2).sum().item() for g in gradients.values()))
             assert clip == math.inf or norm > clip
             scale = min(1, clip / (norm + 1e-6))
@@ -99,6 +112,9 @@ def test_fine_tuning_follows_the_papers_recipe(flags, clip, decay, factor, tmp_p
     same_weights(model, last, 1e-8)
     assert (best["scores"]["AP"], last["scores"]["AP"]) == (0.6, scores[epochs - 1])
     assert [(c["epoch"], c["step"]) for c in (best, last)] == [(2, 4), (epochs, 2 * epochs)]
+    first = [i for _, i, _ in items[:IMAGES]]
+    check_files(tmp_path / "run", losses, {"AP": scores[epochs - 1], "AP50": 0.5}, first)
+    assert drawn["results_sheet"][0].name == "shapes val"
 
     # Flips are new in each epoch, and nothing else changes the pictures.
     plain = detection_set("shapes", "train", limit=IMAGES, image_size=64)
@@ -162,7 +178,7 @@ def test_pre_training_follows_deits_recipe(mixing, micro_batch, tmp_path, monkey
     inputs = [r[1] for r in record if r[0] == "model" and r[2]]
     draws = [r[3] for r in record if r[0] == "model" and r[2]]
     assert len(items) == 32 and len(set(draws)) == len(draws)
-    optimizer, shares, per_step = AdamW(model), [], math.ceil(4 / micro_batch)
+    optimizer, shares, losses, per_step = AdamW(model), [], [], math.ceil(4 / micro_batch)
     for step in range(8):
         batch, epoch = items[4 * step:4 * step + 4], step // 2
         assert {e for _, e, _, _ in batch} == {epoch}
@@ -176,6 +192,7 @@ def test_pre_training_follows_deits_recipe(mixing, micro_batch, tmp_path, monkey
         targets, share = soft_targets(raw, mixed, [label for *_, (_, label) in batch], smoothing)
         shares.append(share)
         loss = -(targets * model(mixed).log_softmax(-1)).sum() / 4
+        losses.append(loss.item())
         gradients = gradients_of(model, loss)
         decayed = ("convs.weight", "sampling_offsets.weight", "class_head.weight")
         optimizer.step(model, gradients, lambda name: cosine(epoch),
@@ -184,6 +201,8 @@ def test_pre_training_follows_deits_recipe(mixing, micro_batch, tmp_path, monkey
             same_weights(model, best, 1e-6)
     same_weights(model, last, 1e-6)
     assert (best["scores"], last["scores"]) == ({"top1": 0.4}, {"top1": 0.2})
+    if "--repeats" not in mixing:
+        check_files(tmp_path / "run", losses, {"top1": 0.2}, [index for _, _, index, _ in items[:8]])
     assert set(shares) == {1} if mixing == "--mixup 0 --cutmix 0" else len(set(shares)) == 8
     assert len({tuple(r[2] for r in items[i:i + 8]) for i in range(0, 32, 8)}) > 1  # the order
     _, last, best = run(pretrain, tmp_path, monkeypatch, f"{flags} --resume --epochs 5", [0.3])
