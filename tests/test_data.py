@@ -16,6 +16,7 @@ import tracemalloc
 import warnings
 import zlib
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,9 +27,9 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo, putchunk
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from data import (Transform, classification_set, classification_transform, coco_format, crop,
-                  detection_set, flip, micro_batches, pad_batch, read_annotations, read_image, resize,
-                  to_image, to_tensor)
+from data import (Transform, check_convention, classification_set, classification_transform,
+                  coco_format, crop, detection_set, flip, micro_batches, pad_batch, read_annotations,
+                  read_image, resize, to_image, to_tensor)
 from engine import InputError
 from evaluate import coco_metrics
 from extras import augment, shapes
@@ -142,6 +143,10 @@ def test_boxes_follow_the_picture_through_every_transform():
                             crop(*marked, 50, 10, 100, 60)):
         assert np.abs(boxes[0] - box_of_red(image)).max() <= 1
     assert [len(x) for x in crop(*marked, 100, 0, 50, 100)[1:]] == [0, 0]  # the box is outside
+    step = Image.fromarray(np.full((8, 8), 100, np.uint8))
+    step.paste(150, (4, 0, 8, 8))
+    levels = np.unique(resize(step, *marked[1:], 64, 99)[0])
+    assert (levels.min(), levels.max()) == (100, 150) and len(levels) > 4  # bilinear, as in DETR
     mirrored = {"paper": 0, "flip": 0, "none": 0}
     for seed in range(40):
         for kind in mirrored:
@@ -174,6 +179,8 @@ def test_training_sizes_are_deformable_detrs():
     assert 384 <= crops.min() < 390 and 590 < crops.max() <= 600
     # Of a short side of 400, 500 or 600: all of the crops are as low as 400 pixels, 17 of 117 or 17 of 217.
     assert np.mean(crops[:, 1] <= 400) == pytest.approx((1 + 17 / 117 + 17 / 217) / 3, abs=0.08)
+    wide = Image.new("RGB", (1200, 300)), *sample[1:]  # before a crop, no limit to the long side
+    assert min(min(Transform(800).random_crop(*wide, rng)[0].size) for _ in range(40)) >= 384
 
 
 def test_batches_are_padded_at_the_right_and_bottom():
@@ -230,6 +237,11 @@ def test_coco_format_is_read_as_coco_means_it(folder):
     image, target = dataset[0]
     assert image.shape == (3, 48, 64) and target["image_id"] == 7 and target["size"] == (64, 48)
     assert torch.allclose(target["boxes"], torch.tensor([[62 / 64, 44 / 48, 4 / 64, 8 / 48]]))
+    dataset.transform, seen = Transform(24), []
+    dataset.corruption = lambda picture, id: seen.append((picture.size, id)) or picture
+    picture, [(box, label)] = dataset.item_to_draw(0)
+    assert picture.size == (32, 24) and (box, label) == (pytest.approx([30, 20, 32, 24]), 1)
+    assert seen == [((64, 48), 7)]  # corruptions come before the resize
 
 
 @pytest.mark.parametrize("part, key, value, says", [
@@ -282,6 +294,28 @@ def test_boxes_in_another_convention_are_refused(form, says):
     assert len(annotations.boxes) == 40
     content["annotations"][0]["bbox"][2] = 900.0  # one box that sticks out is clipped
     assert read_annotations(content)[0].boxes[0, 2] == 640
+
+
+GOOD, SMALL = [10, 10, 20, 20], [10, 10, 0.5, 5]  # in an image of 100 x 100 pixels
+AS_CORNERS, OUT = [50, 50, 60, 60], [90, 50, 20, 10]  # they leave it; the first would fit as corners
+
+
+@pytest.mark.parametrize("boxes, says", [
+    (11 * [AS_CORNERS] + 89 * [GOOD], "as corners"), (10 * [AS_CORNERS] + 90 * [GOOD], "note: 10 %"),
+    (6 * [AS_CORNERS] + 94 * [GOOD], "note: 6 %"), (5 * [AS_CORNERS] + 95 * [GOOD], ""),
+    (4 * [AS_CORNERS], "as corners"), (3 * [AS_CORNERS], "note: 100 %"),
+    (21 * [OUT] + 79 * [GOOD], "21 %"), (20 * [OUT] + 80 * [GOOD], "note: 20 %"),
+    (20 * [OUT], "100 %"), (19 * [OUT], "note: 100 %"), (9 * [[50, 50, 51, 50]], ""),
+    (51 * [SMALL] + 49 * [GOOD], "51 % .*normalised"), (50 * [SMALL] + 50 * [GOOD], "")])
+def test_how_many_boxes_show_another_convention(boxes, says, capsys):
+    check = partial(check_convention, np.array(boxes), np.full((len(boxes), 2), 100), "x")
+    if says and not says.startswith("note"):
+        with pytest.raises(InputError, match=f"^x: .*{says}"):
+            check()
+    else:
+        check()
+        said = capsys.readouterr().out
+        assert said.startswith(says.replace("note: ", "note: x: ")) and bool(said) == bool(says)
 
 
 @pytest.mark.parametrize("data", [
@@ -470,6 +504,11 @@ def test_shapes_boxes_are_tight_and_all_classes_occur():
             low, high = (np.percentile((x, y), q, axis=1) for q in (0.5, 99.5))
             errors.append(np.abs(r.boxes[0] - [*low, *(high + 1)]).max())
     assert len(errors) > 40 and np.mean(np.array(errors) < 3) > 0.8
+    # Pictures of classification have one object, and it is larger.
+    single = [shapes.shape_scene(np.random.default_rng(i), objects=1)[1] for i in range(40)]
+    assert np.shape(single) == (40, 1, 4) and min(np.ptp(b.reshape(2, 2), 0).max() for b in single) > 27
+    counts = np.bincount([len(r.labels) for r in dataset.records]) / 300
+    assert counts[:2] == pytest.approx([0.04, 0.4], abs=0.06) and counts[2] > counts[3]
 
 
 def test_shapes_hide_little_of_each_other():
@@ -517,7 +556,9 @@ def test_any_folder_of_class_folders(tmp_path):
     assert dataset.classes == ["cat", "dog"]
     assert dataset.labels.tolist() == [0, 0, 0, 1, 1, 1]
     image, label = dataset[4]
-    assert image.shape == (3, 64, 64) and label == 1 and dataset.name_of(4).endswith("train/dog/1.jpg")
+    assert image.shape == (3, 64, 64) and label == 1
+    assert [Path(dataset.name_of(i)).name for i in range(6)] == ["0.jpg", "1.jpg", "2.jpg"] * 2
+    assert dataset.name_of(4).endswith("train/dog/1.jpg")
     assert (np.asarray(to_image(image)) == 200).all()
     dataset = classification_set(str(tmp_path), "train", limit=4)
     assert dataset.labels.tolist() == [0, 1, 0, 1]
@@ -527,6 +568,8 @@ def test_any_folder_of_class_folders(tmp_path):
     dataset = classification_set(str(tmp_path), "train", image_size=64)
     assert dataset.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
     assert 99 in {np.asarray(to_image(dataset[i][0])).max() for i in range(4)}
+    (deep / "9.jpg").rename(deep / "8.jpg")
+    assert classification_set(str(tmp_path), "train").digest != dataset.digest
     (deep / "round").symlink_to(tmp_path / "train" / "cat")
     with pytest.raises(InputError, match="round is reached twice"):
         classification_set(str(tmp_path), "train")
@@ -555,9 +598,13 @@ def test_each_kind_of_classification_transform_has_its_steps(monkeypatch, kind, 
         calls.clear()
         pixels = classification_transform(two_coloured((100, 80)), np.random.default_rng(seed), 64, kind)
         assert pixels.shape == (3, 64, 64) and calls == steps
+        assert kind != "21k" or len(pixels[0].unique()) > 2  # the filter does not take the nearest pixel
         green = pixels[1].mean(0)  # (64,)
         mirrored.append(bool(green[0] > green[-1] + 1))
     assert 10 < sum(mirrored) < 60 if kind in ("deit", "flip") else sum(mirrored) == 0
+    square = two_coloured((64, 64))  # has the size of the evaluation already
+    assert torch.equal(classification_transform(square, None, 64, "none"), to_tensor(square))
+    assert classification_transform(square, None, 80, "none").shape == (3, 80, 80)
 
 
 # ----------------------------------------------------------------------------------------- the fuzzer
