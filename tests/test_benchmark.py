@@ -4,6 +4,7 @@ import json
 import sys
 import time
 import warnings
+from argparse import Namespace
 
 import pytest
 import torch
@@ -279,6 +280,41 @@ def test_limits_of_an_a100_and_an_h100(monkeypatch, capability, loads, atomics):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     got = benchmark.gpu_limits(800, 1344, 8, 32, 1, 300, torch.float32, torch.device("cuda"))
     assert got == pytest.approx((loads, atomics), rel=0.01)
+    got = benchmark.gpu_limits(800, 1344, 8, 32, 2, 300, torch.bfloat16, torch.device("cuda"))
+    assert got == pytest.approx((loads, 2 * atomics), rel=0.01)  # two images, each with half the bytes
+
+
+def test_times_and_bytes_by_hand(monkeypatch):
+    """One head of 8 channels; 4 + 1 + 1 + 1 tokens, which are the queries, too."""
+    cpu, times = torch.device("cpu"), iter((1.0, 3.0))
+    sizes = 16, 16, 1, 8, 1, 0, torch.float32, cpu
+    seconds, moved = benchmark.time_operator(ms_deform_attn_reference, *sizes, lambda run: next(times))
+    inputs = 4 * 7 * (8 + 4 * 4 * 2 + 4 * 4)  # values, offsets and logits
+    forward = inputs + 4 * 7 * (4 * 2 + 8)  # references and output
+    assert (seconds, moved) == ([1, 2], [forward, forward + inputs])
+    monkeypatch.setattr(benchmark, "time_operator", lambda *_: ((2e-6, 3e-6), None))
+    assert benchmark.call_microseconds(cpu) == pytest.approx((2, 5))
+    ticks = iter((0, 100, 200, 201, 300, 302, 400, 409))  # 100, 1, 2, 9 s; the first one warms up
+    monkeypatch.setattr(benchmark, "time", Namespace(perf_counter=lambda: next(ticks)))
+    assert benchmark.median_seconds(lambda: None, cpu, 3) == 2
+    monkeypatch.setattr(benchmark, "median_seconds", lambda *_: 1)
+    assert benchmark.copy_bandwidth(cpu, 1) == 2 * 2 ** 26  # it reads and writes
+
+
+@pytest.mark.parametrize("stage, build, flags, changes", [
+    ("finetune", "build_finetuning",
+     "--dropout 0.3 --adaptor bilstm --adaptor-per-layer --queries 7 --augment paper --seed 3",
+     dict(dropout=0.3, adaptor="bilstm", adaptor_per_layer=True, queries=7)),
+    ("pretrain", "build_pretraining", "--drop-path 0.2 --class-tokens 3 --augment deit --seed 3",
+     dict(drop_path=0.2, class_tokens=3, adaptor="none"))])
+def test_model_and_data_are_those_of_the_flags(stage, build, flags, changes, monkeypatch):
+    seen, model = {}, benchmark.build_model
+    monkeypatch.setattr(benchmark, "build_model", lambda *x, **y: seen.update(y) or model(*x, **y))
+    args = getattr(benchmark, stage).parse([*flags.split(), "--limit-train", "4"])
+    loader, _ = getattr(benchmark, build)(args, torch.device("cpu"))
+    data = loader.dataset
+    assert seen == changes and data.seed == 3
+    assert getattr(data, "transform", data).augment == args.augment
 
 
 def test_host_syncs_are_counted(monkeypatch):

@@ -12,12 +12,14 @@ from conftest import ROOT, locked
 
 from engine import InputError
 from extras import claims
+from extras.tables import TABLE_2, TABLE_3, TABLE_7
 
 # A stand-in for the scripts. It notes the call and writes the files that the report reads.
 SCRIPT = '''
 import json, os, sys
 from pathlib import Path
 flags = sys.argv[1:]
+assert os.environ["OMP_NUM_THREADS"] == "1"
 out = Path(flags[flags.index("--out") + 1])
 with open("calls.txt", "a") as f:
     f.write(out.name + "\\n")
@@ -37,7 +39,7 @@ else:
     ap = 0.3 + 0.01 * seed + (0.05 if "--pretrained" in flags else 0) * (seed + 1) / 2
     (out / "last.pt").write_text("")
     (out / "metrics.json").write_text(json.dumps({"AP": ap, "top1": 0.9, "seed": seed}))
-    entry = {"epoch": 1, "step": 1, "AP": ap}
+    entry = {"epoch": 1, "step": 1, "AP": ap, "AP50": 0.9}
     log = [entry, {"resumed": True, "epoch": 0, "step": 0}, entry] if seed == 1 else [entry]
     (out / "log.jsonl").write_text("".join(json.dumps(e) + "\\n" for e in log))
 '''
@@ -77,11 +79,14 @@ def run(project, monkeypatch):
     return main
 
 
-def test_every_arm_is_run_once_and_reported(run, project):
+def test_every_arm_is_run_once_and_reported(run, project, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")  # runs side by side have one each
+    begin = time.time()
     page, calls = run("--seeds", "3")
+    minutes = os.cpu_count() * (time.time() - begin) / 60
     assert len(calls) == len(set(calls)) == 3 * len(claims.ARMS) == 57
     lines = [json.loads(line) for line in (project / "docs" / "claims.jsonl").read_text().splitlines()]
-    assert len(lines) == 57
+    assert len(lines) == 57 and sum(e["minutes"] for e in lines) < 3 * minutes  # they are rounded
     one = next(e for e in lines if e["arm"] == "FP-DETR" and e["seed"] == 1)
     assert set(one) == {"claim", "arm", "seed", "flags", "commit", "code", "minutes", "scores"}
     assert one["claim"] == "C1 C2 C4 C5" and one["flags"] == claims.RECIPES["finetune.py"]
@@ -207,7 +212,34 @@ def test_the_asterisk_is_bonferroni(tmp_path):
     assert " 0.009 |" in claims.write_report(lines, Namespace(out=tmp_path, quick=False))  # 13 comparisons
 
 
+def test_the_figure_has_a_dot_per_seed_and_the_mean_in_percent(tmp_path, monkeypatch):
+    figures, aps = [], {("wide", 0): 0.2, ("wide", 1): 0.4, ("wide", 2): 0.9, ("FP-DETR", 0): 0.3}
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    claims.draw({run: {"scores": {"AP": ap}} for run, ap in aps.items()}, tmp_path)
+    panel = figures[0].axes[-1]  # of C5
+    dots = [(*line.get_xdata(), *line.get_ydata()) for line in panel.lines]
+    assert dots == [(*map(pytest.approx, (20, 40, 90)), 0, 0, 0), (pytest.approx(50), 0), (30, 1), (30, 1)]
+    assert [text.get_text() for text in panel.get_yticklabels()] == ["wide (AP)", "FP-DETR (AP)"]
+    assert panel.yaxis_inverted()
+
+
+def test_the_papers_numbers_are_those_of_its_tables():
+    of_3 = {"FP-DETR": "self-attention", "no adaptor": "none",
+            "self-attention, per layer": "self-attention, per layer"}
+    of_7 = {"FP-DETR": "FP-DETR-Lite", "stage 1": "FP-DETR-Lite"}
+    of_2 = {"wide": "FP-DETR-Small", "FP-DETR": "FP-DETR-Lite"}
+    for claim, *arms, score, paper in claims.COMPARISONS:
+        if claim in ("C1", "C3"):
+            assert paper == ""
+            continue
+        table, names = {"C2": (TABLE_3, of_3), "C4": (TABLE_7, of_7), "C5": (TABLE_2, of_2)}[claim]
+        rows = [arm.removeprefix("stage 1, ").replace("75", "300") for arm in arms]
+        column = (2 if score == "AP" else 1) if claim == "C4" else 1
+        assert paper == ", ".join(str(table[names.get(row, row)][column]) for row in rows)
+
+
 def test_the_arms_of_a_claim_differ_in_what_it_compares():
+    assert "--corruptions all" in claims.RECIPES["evaluate.py"]
     for claim, better, worse, _, _ in claims.COMPARISONS:
         a, b = claims.ARMS[better], claims.ARMS[worse]
         assert a[0] == b[0] and claim in claims.CLAIMS

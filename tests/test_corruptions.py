@@ -327,6 +327,13 @@ def test_severity_and_corruption_change_the_draws():
 
 # ------------------------------------------------------------------------------------------ the command
 
+def test_photographs_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg", exif=exif)
+    assert corruptions.open_photo(tmp_path / "a.jpg").size == (40, 60)
+
+
 def test_sheet_of_all_corruptions(tmp_path):
     Image.fromarray(picture(60, 64)).save(tmp_path / "in.png")
     call(tmp_path, "extras.corruptions", "out.png", "in.png")
