@@ -674,8 +674,8 @@ class Run:
         which are read later. (A checkpoint to start from has been read.)"""
         below = [path.parent for path in self.folder.glob("**/args.json") if path != self.arguments]
         if below:
-            raise InputError(f"--overwrite would remove {self.folder} and in it the run {below[0]}: name "
-                             f"another --out")
+            raise InputError(f"--overwrite would remove {self.folder} and in it the run {below[0]}: "
+                             f"name another --out")
         for path in (".", args.data, args.data_root or f"data/{args.data}"):
             if Path(path).resolve().is_relative_to(self.folder.resolve()):
                 raise InputError(f"--overwrite would remove {self.folder} and in it {path}, which this "
@@ -691,8 +691,8 @@ class Run:
         counters: as in `load`."""
         weights = model.state_dict()
         if not torch.stack([w.isfinite().all() for w in weights.values()]).all():
-            raise InputError(f"the weights are not finite after step {counters['step']}: start a new run "
-                             f"with a lower --lr; the last checkpoint is untouched")
+            raise InputError(f"the weights are not finite after step {counters['step']}: start a new "
+                             f"run with a lower --lr; the last checkpoint is untouched")
         save_checkpoint(self.last, {**description, "model": weights, "optimizer": optimizer.state_dict(),
                                     "seconds": time.time() - self.started, **counters})
         self.saved_at = time.time()

@@ -411,9 +411,9 @@ def load_detector(path: str | Path,
         config = Config(**checkpoint["config"])
         model = released.build_model(detector, config, len(checkpoint["classes"]), checkpoint["layout"])
         made_by = checkpoint.get("model_class", model.made_by)
-        if made_by != model.made_by:  # a fork's model, whose names and shapes may still be ours
-            raise InputError(f"{path} holds a {made_by}, not a {model.made_by}: use the fork that made it, "
-                             f"or evaluate.main(detector={made_by})")
+        if made_by != model.made_by:  # a fork's weights can have our names and shapes
+            raise InputError(f"{path} holds a {made_by}, not a {model.made_by}: use the fork that made "
+                             f"it, or evaluate.main(detector={made_by})")
         dtype = checkpoint["model"]["encoder.level_embed"].dtype
         model.to(torch.promote_types(dtype, torch.float32)).load_state_dict(checkpoint["model"])
     except InputError:

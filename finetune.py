@@ -165,7 +165,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="step: x0.1 at --lr-drop (4.1); one-cycle: linearly up from 1/25 in the "
                              "first tenth of the steps, then a cosine to 0 (ours)")
     parser.add_argument("--lr-drop", type=engine.positive, default=40,
-                        help="number of epochs after which lr is x0.1 (4.1: 40 of 50); for --schedule step")
+                        help="number of epochs after which lr is x0.1 (4.1: 40 of 50); for --schedule "
+                             "step")
     parser.add_argument("--backbone-lr", type=engine.rate, default=0.1,
                         help="factor on lr of the tokenizer's convolutions and norms (released code; "
                              "from scratch: 1)")
@@ -194,7 +195,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if known.data in EMBEDDED_SETS:
         parser.set_defaults(**SHAPES_RECIPE)
     elif known.data == "cityscapes":
-        # 4.5, Table 5. Paper: 1e-4 for all downstream tasks (4.1). Released code and ours: 2e-4 for Lite.
+        # 4.5, Table 5. Paper: 1e-4 for all downstream tasks (4.1). Released code, ours: 2e-4 for Lite.
         parser.set_defaults(batch_size=8, lr=2e-4 if known.variant == "lite" else 1e-4)
     args = parser.parse_args(arguments)
     args.adaptor = args.adaptor or ("none" if args.structure == "encoder-decoder" else "self-attention")
@@ -331,7 +332,8 @@ def main(detector: Callable[[Config, int], Detector] = Detector,
     if steps * args.epochs < FEW_STEPS and args.data not in EMBEDDED_SETS:
         advice = ("README.md has flags for small sets (smaller batches, a higher rate, no dropout)"
                   if args.schedule == "step" else "more --epochs may help")
-        engine.note(f"this run has fewer than {FEW_STEPS:,} steps, too few for the paper's recipe: {advice}")
+        engine.note(f"this run has fewer than {FEW_STEPS:,} steps, too few for the paper's recipe: "
+                    f"{advice}")
     run.open(args)
     if engine.rank() == 0 and not run.resumed:
         pictures.training_sheet(train, sampler.order()[:8].tolist(), run.folder / "training.png")

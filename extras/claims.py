@@ -39,7 +39,7 @@ TRAINING_CODE = ("model.py", "deform_attn.py", "deform_attn_kernel.cu", "data.py
                  "extras/corruptions.py")
 # digest of this code -> digests of older code that trains to the same weights, bit for bit. Their lines
 # count, too. To check it, run --quick --seeds 1 in both checkouts, and compare the last.pt of all arms.
-SAME_CODE = {"806daf094ad6": {"f49a6ce59549", "81ca7f6ac783"}}
+SAME_CODE = {"ed927a87da2a": {"f49a6ce59549", "81ca7f6ac783"}}
 
 # -------------------------------------------------------------------------------------- the experiments
 
